@@ -1,0 +1,1 @@
+"""Triton kernels, one file an op, installed as ``mtvit_ops.kernels``; importing a kernel needs Triton."""

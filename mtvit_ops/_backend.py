@@ -1,0 +1,91 @@
+"""Which kernel serves an op: the one override, the one environment twin, and the reasons."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import NamedTuple
+
+from . import _extension
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "MTVIT_OPS_BACKEND"
+
+_log = logging.getLogger("mtvit_ops")
+_override: ContextVar[str | None] = ContextVar("mtvit_ops_backend", default=None)
+
+
+class Availability(NamedTuple):
+    """Whether a backend can serve, and why (not)."""
+
+    available: bool
+    reason: str
+
+
+@cache
+def available_backends() -> dict[str, Availability]:
+    """Every backend by name with whether it can serve here, and the reason in words.
+
+    Touches neither CUDA nor Triton: it says what is installed, not what a GPU would do.
+    """
+    error = _extension.extension_error()
+    triton = "its kernels are not part of this version"
+    if importlib.util.find_spec("triton") is None:
+        triton += ", and Triton is not installed"
+    return {
+        "reference": Availability(True, "plain PyTorch, every device"),
+        "cpp": Availability(error is None, "native operators for the CPU" if error is None else error),
+        "triton": Availability(False, triton),
+        "cuda": Availability(False, "its kernels are not part of this version"),
+    }
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Prefer one backend inside a ``with`` block, in this thread or task.
+
+    Ops (or dtypes) for which the chosen backend has no kernel run the reference, and a warning of the logger
+    ``mtvit_ops`` says so once. ``MTVIT_OPS_BACKEND`` does the same for a whole process; the block wins over it.
+
+    Args:
+        name: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: the name is unknown, or the backend cannot serve here; the message says why.
+    """
+    token = _override.set(_checked(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def preferred_backend() -> str | None:
+    """The backend asked for by ``use_backend`` or the environment; None: the fastest there is."""
+    return _override.get() or _from_environment()
+
+
+@cache
+def say_once(level: int, message: str) -> None:
+    """Log a message the first time it is given."""
+    _log.log(level, message)
+
+
+@cache
+def _from_environment() -> str | None:
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _checked(name, ENVIRONMENT_VARIABLE) if name else None
+
+
+def _checked(name: str, asked_by: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{asked_by}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    found = available_backends()[name]
+    if not found.available:
+        raise ValueError(f"{asked_by}: backend {name!r} is not available: {found.reason}")
+    return name

@@ -1,0 +1,1 @@
+"""The meaning of every op in plain PyTorch; imports nothing above it."""

@@ -1,0 +1,50 @@
+"""Residual addition through a row list: the meaning of ``ops.scatter_residual``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._segments import pick_rows, put_rows, wide_dtype
+
+
+def scatter_residual(
+    x: Tensor,  # (R, D)
+    rows: Tensor | None,  # (T,)
+    y: Tensor,  # (T, D)
+    scale: Tensor | None,  # (D,) or (T, 1)
+) -> Tensor:  # (R, D)
+    wide = wide_dtype(x.dtype)
+    step = y.to(wide) if scale is None else y.to(wide) * scale.to(wide)
+    if rows is not None:
+        step = put_rows(step, rows, x.shape[0])
+    return (x.to(wide) + step).to(x.dtype)
+
+
+def scatter_residual_(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor | None) -> None:
+    """The same, written into ``x``, and cheap where few rows are alive."""
+    wide = wide_dtype(x.dtype)
+    step = y.to(wide) if scale is None else y.to(wide) * scale.to(wide)
+    if rows is None:
+        x.copy_(x.to(wide) + step)
+    elif x.shape[0] > 0:
+        # dead entries (-1) add zero to row 0, the rest hits every row at most once: the order cannot matter
+        live = rows >= 0
+        if x.device.type == "cpu" and bool(live.all()):  # the CPU has nobody to wait for
+            x.index_copy_(0, rows.long(), (x.index_select(0, rows).to(wide) + step).to(x.dtype))
+        else:
+            x.add_(put_rows(step, rows, x.shape[0]).to(x.dtype))
+
+
+def scatter_residual_backward(
+    grad: Tensor,  # (R, D)
+    rows: Tensor | None,
+    y: Tensor,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # gradients of y and of scale (empty without one)
+    wide = wide_dtype(y.dtype)
+    grad_step = (grad if rows is None else pick_rows(grad, rows)).to(wide)  # (T, D)
+    if scale is None:
+        return grad_step.to(y.dtype), grad_step.new_zeros(0)
+    over = 0 if scale.dim() == 1 else 1
+    grad_scale = (grad_step * y.to(wide)).sum(dim=over, keepdim=over == 1)
+    return (grad_step * scale.to(wide)).to(y.dtype), grad_scale.to(scale.dtype)

@@ -44,7 +44,7 @@ def scatter_residual_backward(
     wide = wide_dtype(y.dtype)
     grad_step = (grad if rows is None else pick_rows(grad, rows)).to(wide)  # (T, D)
     if scale is None:
-        return grad_step.to(y.dtype), grad_step.new_zeros(0)
+        return grad_step.to(y.dtype, copy=True), grad_step.new_zeros(0, dtype=y.dtype)  # an op may not return its input
     over = 0 if scale.dim() == 1 else 1
     grad_scale = (grad_step * y.to(wide)).sum(dim=over, keepdim=over == 1)
     return (grad_step * scale.to(wide)).to(y.dtype), grad_scale.to(scale.dtype)

@@ -13,12 +13,13 @@ def slow_fast_merge(
     weights: Tensor,  # (T,)
     rows: Tensor | None,  # (T,)
     cu_seqlens: Tensor,  # (B + 1,)
+    max_seqlen: int,
     normalize: bool,
 ) -> Tensor:  # (B, D)
     wide = wide_dtype(x.dtype)
-    share = _shares(weights.to(wide), cu_seqlens, normalize)
+    share = _shares(weights.to(wide), cu_seqlens, max_seqlen, normalize)
     tokens = (x if rows is None else pick_rows(x, rows)).to(wide)
-    return _sum_by_image(tokens * share[:, None], cu_seqlens).to(x.dtype)
+    return _sum_by_image(tokens * share[:, None], cu_seqlens, max_seqlen).to(x.dtype)
 
 
 def slow_fast_merge_backward(
@@ -27,17 +28,18 @@ def slow_fast_merge_backward(
     weights: Tensor,
     rows: Tensor | None,
     cu_seqlens: Tensor,
+    max_seqlen: int,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:  # gradients of x and weights
     wide = wide_dtype(x.dtype)
-    share = _shares(weights.to(wide), cu_seqlens, normalize)
+    share = _shares(weights.to(wide), cu_seqlens, max_seqlen, normalize)
     tokens = (x if rows is None else pick_rows(x, rows)).to(wide)
     grad_token = _of_image(grad.to(wide), cu_seqlens, tokens.shape[0])  # (T, D)
     grad_x = grad_token * share[:, None]
     grad_share = (grad_token * tokens).sum(dim=1)
     if normalize:
-        total = _of_image(_sum_by_image(weights.to(wide)[:, None], cu_seqlens), cu_seqlens, weights.shape[0])[:, 0]
-        mean = _of_image(_sum_by_image((grad_share * share)[:, None], cu_seqlens), cu_seqlens, weights.shape[0])[:, 0]
+        total = _of_image(_sum_by_image(weights.to(wide)[:, None], cu_seqlens, max_seqlen), cu_seqlens, weights.shape[0])[:, 0]
+        mean = _of_image(_sum_by_image((grad_share * share)[:, None], cu_seqlens, max_seqlen), cu_seqlens, weights.shape[0])[:, 0]
         grad_share = torch.where(total == 0, 0.0, (grad_share - mean) / total)
     if rows is not None:
         grad_x = put_rows(grad_x, rows, x.shape[0])
@@ -48,6 +50,7 @@ def slow_fast_update(
     x: Tensor,  # (R, D)
     rows: Tensor | None,  # (T,)
     cu_seqlens: Tensor,  # (B + 1,)
+    max_seqlen: int,  # only its gradient needs it
     increment: Tensor,  # (B, D)
 ) -> Tensor:  # (R, D)
     wide = wide_dtype(x.dtype)
@@ -57,24 +60,27 @@ def slow_fast_update(
 
 
 def slow_fast_update_backward(
-    grad: Tensor, rows: Tensor | None, cu_seqlens: Tensor  # (R, D)
+    grad: Tensor,  # (R, D)
+    rows: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
 ) -> Tensor:  # (B, D): the gradient of the increment; that of x is ``grad`` itself
     wide = wide_dtype(grad.dtype)
-    return _sum_by_image((grad if rows is None else pick_rows(grad, rows)).to(wide), cu_seqlens).to(grad.dtype)
+    return _sum_by_image((grad if rows is None else pick_rows(grad, rows)).to(wide), cu_seqlens, max_seqlen).to(grad.dtype)
 
 
-def _shares(weights: Tensor, cu_seqlens: Tensor, normalize: bool) -> Tensor:
+def _shares(weights: Tensor, cu_seqlens: Tensor, max_seqlen: int, normalize: bool) -> Tensor:
     image, _ = token_images(cu_seqlens, weights.shape[0])
     weights = weights.where(image < cu_seqlens.shape[0] - 1, 0.0)
     if not normalize:
         return weights
-    total = _of_image(_sum_by_image(weights[:, None], cu_seqlens), cu_seqlens, weights.shape[0])[:, 0]
+    total = _of_image(_sum_by_image(weights[:, None], cu_seqlens, max_seqlen), cu_seqlens, weights.shape[0])[:, 0]
     return torch.where(total == 0, 0.0, weights / total)
 
 
-def _sum_by_image(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _sum_by_image(values: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """(T, D) summed to (B, D) in a fixed order."""
-    padded, _ = to_padded(values, cu_seqlens, values.shape[0])
+    padded, _ = to_padded(values, cu_seqlens, max_seqlen)
     return padded.sum(dim=1)
 
 

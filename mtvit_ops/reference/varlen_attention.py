@@ -97,10 +97,10 @@ def _probabilities(logits: Tensor, lse: Tensor) -> Tensor:
 
 def _scores(probabilities: Tensor, has_query: Tensor, cu_seqlens_k: Tensor, num_keys: int, scores: int) -> Tensor:
     if scores == NO_SCORES:
-        return probabilities.new_zeros(0, probabilities.shape[1], dtype=torch.float32)
+        return probabilities.new_zeros(0, probabilities.shape[1])
     rows = probabilities * has_query[:, None, :, None]
     if scores == CLASS_SCORES:
         per_key = rows[:, :, :1].sum(dim=2)  # (B, H, Mk); a sum, so that no query at all gives zeros
     else:
         per_key = rows.sum(dim=2) / has_query.sum(dim=1).clamp_min(1)[:, None, None]
-    return to_packed(per_key.transpose(1, 2), cu_seqlens_k, num_keys).float()
+    return to_packed(per_key.transpose(1, 2), cu_seqlens_k, num_keys)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._checks import check_float, check_real, check_row_values, check_rows, check_tensor
 from .._register import register_op
@@ -39,6 +40,8 @@ def gather_layer_norm(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tens
     check_tensor("weight", weight, (x.shape[1],), (x.dtype, torch.float32), x)
     check_tensor("bias", bias, (x.shape[1],), weight.dtype, x)
     check_real("eps", eps, 0.0, 1.0, open_low=True)
+    if rows is None and weight.dtype == x.dtype:  # nothing to gather: PyTorch's own kernels, forward and backward
+        return F.layer_norm(x, x.shape[1:], weight, bias, eps)
     return GATHER_LAYER_NORM(x, rows, weight, bias, eps)[0]
 
 

@@ -35,6 +35,8 @@ def scatter_residual(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor | 
     Equivalent PyTorch: ``x.index_add(0, rows, scale * y)``.
     """
     _check(x, rows, y, scale)
+    if rows is None and scale is None:
+        return x + y
     return SCATTER_RESIDUAL(x, rows, y, scale)
 
 
@@ -48,6 +50,8 @@ def scatter_residual_(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor |
     _check(x, rows, y, scale)
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or (scale is not None and scale.requires_grad)):
         raise RuntimeError("scatter_residual_ has no gradient, got tensors that require one: use scatter_residual")
+    if rows is None and scale is None:
+        return x.add_(y)
     SCATTER_RESIDUAL_INPLACE(x, rows, y, scale)
     return x
 

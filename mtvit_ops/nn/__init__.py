@@ -1,0 +1,11 @@
+"""Thin modules around the ops."""
+
+from .attention import Attention
+from .block import Block
+from .method import Method
+from .mlp import Mlp
+from .patch_embed import PatchEmbed
+from .trace import Trace
+from .vision_transformer import VisionTransformer, ViTConfig
+
+__all__ = ["Attention", "Block", "Method", "Mlp", "PatchEmbed", "Trace", "ViTConfig", "VisionTransformer"]

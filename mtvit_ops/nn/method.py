@@ -1,0 +1,63 @@
+"""What an adaptive method may do to a vision transformer, and when."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from ..ragged import RaggedTokens
+
+if TYPE_CHECKING:
+    from .vision_transformer import VisionTransformer
+
+
+class Method(nn.Module):
+    """Base of all methods: the dense transformer, with named points to override.
+
+    A method holds its configuration (``config``, a frozen dataclass) and its parameters, never the state of a forward
+    pass: that travels through arguments and return values, as the method's own named tuple.
+    """
+
+    config_class: ClassVar[type]
+    cost_field: ClassVar[str | None] = None  # the configuration field that sets the cost
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def attach(self, model: VisionTransformer) -> None:
+        """Check the configuration against the model and create parameters; called once, by the model."""
+
+    def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, Any]:
+        """Images to live tokens, and the method's state before the first block."""
+        return model.embed(images), None
+
+    def before_block(self, index: int, tokens: RaggedTokens, state: Any) -> tuple[RaggedTokens, Any]:
+        """Act before block ``index``: most methods select here."""
+        return tokens, state
+
+    def scores_at(self, index: int, tracing: bool) -> Literal["class", "mean"] | None:
+        """Which token scores block ``index`` must return; ``tracing`` asks for all that a trace shows."""
+        return None
+
+    def after_attention(
+        self, index: int, tokens: RaggedTokens, state: Any, scores: Tensor | None
+    ) -> tuple[RaggedTokens, Any]:
+        """Act between the attention and the MLP of block ``index``, with the scores (T, H) asked for."""
+        return tokens, state
+
+    def after_block(self, index: int, tokens: RaggedTokens, state: Any) -> tuple[RaggedTokens, Any]:
+        """Act after block ``index``."""
+        return tokens, state
+
+    def readout(self, first_rows: Tensor, tokens: RaggedTokens, state: Any) -> Tensor:
+        """What the classifier sees, before the final norm, (B, D): here the class tokens."""
+        return tokens.x[first_rows]
+
+    def extras(self, first_rows: Tensor, states: list[Any]) -> dict[str, Tensor]:
+        """What a trace shows of the method, from its states after each block."""
+        return {}
+
+    def extra_repr(self) -> str:
+        return repr(self.config)

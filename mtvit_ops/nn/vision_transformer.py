@@ -1,0 +1,159 @@
+"""A thin ViT that owns the loop over blocks and lets a method act at named points."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_tensor
+from ..ragged import RaggedTokens
+from .block import Block
+from .method import Method
+from .patch_embed import PatchEmbed
+from .trace import Trace, TraceRecorder
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The backbone's sizes.
+
+    Attributes:
+        img_size: side of the square input, pixels, a multiple of ``patch_size``.
+        patch_size: side of a patch, pixels.
+        embed_dim: width, a multiple of ``num_heads``.
+        depth: blocks.
+        num_heads: attention heads.
+        num_classes: outputs of the classifier.
+        in_chans: image channels.
+        mlp_ratio: hidden width of the MLP over ``embed_dim``.
+        norm_eps: of every LayerNorm.
+    """
+
+    img_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    num_classes: int = 1000
+    in_chans: int = 3
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes", "in_chans"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.img_size % self.patch_size:
+            raise ValueError(f"img_size must be a multiple of patch_size {self.patch_size}, got {self.img_size}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads {self.num_heads}, got {self.embed_dim}")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side."""
+        return self.img_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size**2
+
+
+class VisionTransformer(nn.Module):
+    """A ViT with timm's parameter names, run by a method.
+
+    Args:
+        config: the backbone's sizes.
+        method: what drops tokens, and when; its parameters appear as ``method.*``.
+    """
+
+    def __init__(self, config: ViTConfig, method: Method) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.embed_dim
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.num_patches, dim))
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim)
+        self.blocks = nn.ModuleList(
+            Block(dim, config.num_heads, config.mlp_ratio, config.norm_eps) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.head = nn.Linear(dim, config.num_classes)
+        self.apply(_init_linear)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        method.attach(self)
+        self.method = method
+
+    @overload
+    def forward(self, images: Tensor, *, return_trace: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def forward(self, images: Tensor, *, return_trace: Literal[True]) -> tuple[Tensor, Trace]: ...
+
+    def forward(self, images: Tensor, *, return_trace: bool = False) -> Tensor | tuple[Tensor, Trace]:
+        """Classify.
+
+        Args:
+            images: (B, in_chans, img_size, img_size), dtype and device of the weights; B may be 0.
+            return_trace: also say which tokens lived how long (costs a little time).
+
+        Returns:
+            Logits (B, num_classes), or logits and a ``Trace``.
+
+        Raises:
+            TypeError, ValueError: images of another rank, size, dtype or device.
+        """
+        self.check_images(images)
+        method, inplace = self.method, not torch.is_grad_enabled()
+        tokens, state = method.embed(self, images)
+        first_rows = tokens.cu_seqlens[:-1].long()
+        recorder = TraceRecorder() if return_trace else None
+        for index, block in enumerate(self.blocks):
+            tokens, state = method.before_block(index, tokens, state)
+            if recorder is not None:
+                recorder.enter(tokens)
+            scores = method.scores_at(index, return_trace)
+            tokens, received = block.attend(tokens, scores=scores, inplace=inplace)
+            tokens, state = method.after_attention(index, tokens, state, received)
+            tokens = block.feed_forward(tokens, inplace=inplace)
+            tokens, state = method.after_block(index, tokens, state)
+            if recorder is not None:
+                recorder.leave(state)
+        pooled = method.readout(first_rows, tokens, state).to(images.dtype)
+        logits = self.head(self.norm(pooled))
+        if recorder is None:
+            return logits
+        return logits, recorder.trace(first_rows, method)
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse what the model cannot read, in words."""
+        side = self.config.img_size
+        check_tensor("images", images, ("B", self.config.in_chans, side, side), self.cls_token.dtype, self.cls_token)
+
+    def embed(self, images: Tensor) -> RaggedTokens:
+        """Class token and patches with their positions, all alive."""
+        patches = self.patch_embed(images)
+        x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embed
+        return RaggedTokens.from_dense(x)
+
+    def with_method(self, method: Method) -> VisionTransformer:
+        """The same weights, shared, run by another method."""
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        method.attach(twin)
+        method.to(device=self.cls_token.device, dtype=self.cls_token.dtype)
+        twin.method = method.train(self.training)
+        return twin
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

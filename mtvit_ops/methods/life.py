@@ -1,0 +1,169 @@
+"""Life Regression based patch slimming: one score decides how long a patch lives (arXiv 2304.04926)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._checks import check_choice, check_count, check_real
+from ..nn.method import Method
+from ..nn.vision_transformer import VisionTransformer
+from ..ops import token_select
+from ..ragged import RaggedTokens
+
+NUM_STAGES = 3
+
+
+@dataclass(frozen=True)
+class LifeConfig:
+    """
+    Attributes:
+        keep_ratio: share of the tokens that each stage keeps of the one before, (0, 1].
+        budgets: tokens per image in each of the three stages, class token included, not rising; None: from
+            ``keep_ratio``.
+        base_block: the first slimmed block, >= 1.
+        mode: ``"budget"``: the longest-lived tokens, equally many in every image; ``"threshold"``: those whose life
+            exceeds the block's index, a number of its own for every image.
+        temperature: of the soft weights in training, > 0.
+    """
+
+    keep_ratio: float = 0.7
+    budgets: tuple[int, ...] | None = None
+    base_block: int = 4
+    mode: str = "budget"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_real("keep_ratio", self.keep_ratio, 0.0, 1.0, open_low=True)
+        if self.budgets is not None:
+            object.__setattr__(self, "budgets", tuple(self.budgets))  # the one way into a frozen dataclass
+            for budget in self.budgets:
+                check_count("budgets", budget, 1)
+            if any(later > earlier for earlier, later in zip(self.budgets, self.budgets[1:])):
+                raise ValueError(f"budgets must not rise from stage to stage, got {self.budgets}")
+        check_count("base_block", self.base_block, 1)
+        check_choice("mode", self.mode, ("budget", "threshold"))
+        check_real("temperature", self.temperature, 0.0, math.inf, open_low=True)
+
+
+class LifeState(NamedTuple):
+    """Between two blocks."""
+
+    lives: Tensor | None  # (B, N) float32, from the base block on
+
+
+def stage_budgets(num_tokens: int, keep_ratio: float) -> tuple[int, ...]:
+    """Tokens in each stage: the share of the patches before, rounded up, and two more, never more than there are."""
+    budgets, tokens = [], num_tokens
+    for _ in range(NUM_STAGES):
+        tokens = min(tokens, math.ceil(round(keep_ratio * (tokens - 1), 9)) + 2)
+        budgets.append(tokens)
+    return tuple(budgets)
+
+
+def schedule_statistics(
+    num_tokens: int, budgets: tuple[int, ...], starts: tuple[int, ...], depth: int
+) -> tuple[float, float]:
+    """Mean and sample standard deviation of the normalised lives that would spend exactly the budgets."""
+    base = starts[0]
+    ends = [(start - base) / (depth - base) for start in starts] + [1.0]
+    counts = [before - after for before, after in zip((num_tokens, *budgets), (*budgets, 0))]
+    lives = torch.repeat_interleave(torch.tensor(ends, dtype=torch.float64), torch.tensor(counts))
+    return float(lives.mean()), float(lives.std()) if num_tokens > 1 else 0.0
+
+
+class Life(Method):
+    """One bilinear score per patch before the base block, one sort, then shorter and shorter prefixes of it.
+
+    Trace extras: ``lives`` (B, N), the block index up to which each patch would live.
+    """
+
+    config_class = LifeConfig
+    cost_field = "keep_ratio"
+    config: LifeConfig
+
+    def attach(self, model: VisionTransformer) -> None:
+        config, sizes = self.config, model.config
+        num_tokens = 1 + sizes.num_patches
+        tail = sizes.depth - config.base_block
+        if tail < 1:
+            raise ValueError(f"base_block must be below the depth {sizes.depth}, got {config.base_block}")
+        length = math.ceil(tail / NUM_STAGES)
+        self.starts = tuple(range(config.base_block, sizes.depth, length))
+        budgets = config.budgets or stage_budgets(num_tokens, config.keep_ratio)
+        if config.budgets is not None and len(budgets) != len(self.starts):
+            raise ValueError(f"budgets must have one entry for each of the {len(self.starts)} stages, got {budgets}")
+        self.budgets = budgets[: len(self.starts)]
+        if self.budgets[0] > num_tokens:
+            raise ValueError(f"budgets must be at most the {num_tokens} tokens of an image, got {self.budgets[0]}")
+        self.mean, self.std = schedule_statistics(num_tokens, self.budgets, self.starts, sizes.depth)
+        self.depth = sizes.depth
+        if not hasattr(self, "weight"):
+            # the authors' initial values; their constant part does nothing, for the scored tokens have mean 0
+            self.weight = nn.Parameter(torch.rand(sizes.embed_dim, sizes.embed_dim))
+
+    def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, LifeState]:
+        return model.embed(images), LifeState(None)
+
+    def before_block(self, index: int, tokens: RaggedTokens, state: LifeState) -> tuple[RaggedTokens, LifeState]:
+        base = self.config.base_block
+        if index == base:
+            state = LifeState(self.lives(tokens.x.reshape(tokens.num_images, -1, tokens.x.shape[1])))
+        if index < base:
+            return tokens, state
+        assert state.lives is not None
+        if self.config.mode == "threshold":
+            return self._outliving(index, tokens, state.lives), state
+        if index == base:
+            return self._longest_lived(tokens, state.lives), state
+        if index in self.starts:
+            # the list stands in the order of lives: the next stage is its head
+            budget = self.budgets[self.starts.index(index)]
+            batch = tokens.num_images
+            rows = tokens.rows
+            if rows is None:  # nothing has been dropped yet, so there is no order yet
+                return self._longest_lived(tokens, state.lives, budget), state
+            rows = rows.reshape(batch, -1)[:, :budget].reshape(-1) if batch else rows
+            offsets = torch.arange(batch + 1, dtype=torch.int32, device=rows.device) * budget
+            return tokens._replace(rows=rows, cu_seqlens=offsets, max_seqlen=budget), state
+        return tokens, state
+
+    def lives(self, x: Tensor) -> Tensor:
+        """The last block index each patch outlives, (B, 1 + N, D) to (B, N) float32; may lie outside [0, depth]."""
+        normed = F.layer_norm(x.float(), x.shape[2:])  # eps 1e-5, without affine: the authors never train it
+        direction = normed[:, 0] @ self.weight.float().T  # (B, D); first W c, then x . (W c)
+        scores = (normed[:, 1:] @ direction[:, :, None])[:, :, 0]  # (B, N)
+        centred = scores - scores.mean(dim=1, keepdim=True)
+        spread = scores.std(dim=1, keepdim=True) if scores.shape[1] > 1 else torch.ones_like(centred[:, :1])
+        normalised = centred / (spread + 1e-8) * self.std + self.mean
+        base = self.config.base_block
+        return base + (self.depth - base) * normalised
+
+    def extras(self, first_rows: Tensor, states: list[LifeState]) -> dict[str, Tensor]:
+        lives = states[-1].lives
+        assert lives is not None
+        return {"lives": lives}
+
+    def _longest_lived(self, tokens: RaggedTokens, lives: Tensor, budget: int | None = None) -> RaggedTokens:
+        budget = self.budgets[0] if budget is None else budget
+        if budget == tokens.max_seqlen:
+            return tokens
+        scores = F.pad(lives, (1, 0)).reshape(-1)  # the class token is protected, whatever its score
+        selection = token_select(
+            scores, None, tokens.cu_seqlens, keep=budget, num_prefix_tokens=1, order="score"
+        )
+        return tokens.select(selection, budget)
+
+    def _outliving(self, index: int, tokens: RaggedTokens, lives: Tensor) -> RaggedTokens:
+        scores = F.pad(lives, (1, 0)).reshape(-1)
+        if tokens.rows is not None:
+            scores = scores[tokens.rows.clamp_min(0)]
+        selection = token_select(
+            scores, tokens.rows, tokens.cu_seqlens, threshold=float(index), num_prefix_tokens=1
+        )
+        return tokens.select(selection).trimmed()

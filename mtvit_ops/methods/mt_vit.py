@@ -1,0 +1,203 @@
+"""MT-ViT: every image gets as many tokens as it needs, before the first block (arXiv 2203.01587).
+
+The paper's abstract fixes the idea: several tails, one encoder, a predictor that picks one tail per image. Its details
+are not public; the grids, the tails' convolutions (those of DVT), the predictor and the cost rule here are our design.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._checks import check_count, check_real
+from ..nn.method import Method
+from ..nn.vision_transformer import VisionTransformer, ViTConfig
+from ..ops import ragged_patch_embed
+from ..ragged import RaggedTokens
+from ._tail_init import resize_kernel, resize_pos_embed
+
+
+@dataclass(frozen=True)
+class MTViTConfig:
+    """
+    Attributes:
+        grids: patches along one side of each tail, rising; the last is the backbone's own.
+        predictor_size: side of the image the predictor looks at, pixels, >= 16.
+        force_tail: take this tail for every image, without asking the predictor; None: ask.
+        cost_weight: weight of a tail's relative cost against its score; larger is cheaper, negative dearer.
+    """
+
+    grids: tuple[int, ...] = (7, 10, 14)
+    predictor_size: int = 96
+    force_tail: int | None = None
+    cost_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grids", tuple(self.grids))  # the one way into a frozen dataclass
+        for grid in self.grids:
+            check_count("grids", grid, 1)
+        if not self.grids or any(later <= earlier for earlier, later in zip(self.grids, self.grids[1:])):
+            raise ValueError(f"grids must rise and hold at least one tail, got {self.grids}")
+        check_count("predictor_size", self.predictor_size, 16)
+        if self.force_tail is not None:
+            check_count("force_tail", self.force_tail, 0, len(self.grids) - 1)
+        check_real("cost_weight", self.cost_weight, -1e9, 1e9)
+
+
+class MTViTState(NamedTuple):
+    """Between two blocks."""
+
+    tail: Tensor  # (B,) int32
+    logits: Tensor | None  # (B, K) of the predictor, None where a tail was forced
+
+
+class TailPredictor(nn.Module):
+    """A strided CNN so small that asking it costs little against the cheapest tail.
+
+    Args:
+        in_chans: image channels.
+        num_tails: K.
+        image_size: side of what it looks at, pixels.
+    """
+
+    WIDTHS = (16, 32, 64, 96)
+
+    def __init__(self, in_chans: int, num_tails: int, image_size: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+        layers: list[nn.Module] = [*_conv(in_chans, self.WIDTHS[0], 3, 4, 1)]
+        for width, wider in zip(self.WIDTHS, self.WIDTHS[1:]):
+            layers += [*_conv(width, width, 3, 2, width), *_conv(width, wider, 1, 1, 1)]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(self.WIDTHS[-1], num_tails)
+        # no tail is preferred before training
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, K)
+        size = (self.image_size, self.image_size)
+        # no gradient reaches the image; resampling in float32, since not every device resamples half floats
+        small = F.interpolate(images.detach().float(), size, mode="bilinear", antialias=True, align_corners=False)
+        return self.head(self.features(small.to(images.dtype)).mean(dim=(2, 3)))
+
+    def macs(self) -> int:
+        """Multiply-accumulates for one image."""
+        side, total = self.image_size, 0
+        for layer in self.features:
+            if isinstance(layer, nn.Conv2d):
+                side = (side - 1) // layer.stride[0] + 1
+                total += side**2 * layer.weight.numel()
+        return total + self.head.weight.numel()
+
+
+class MTViT(Method):
+    """All tails of a batch share one packed pass through the encoder.
+
+    Trace extras: ``tail`` (B,), int64; ``predictor_logits`` (B, K), unless a tail was forced.
+    """
+
+    config_class = MTViTConfig
+    cost_field = "cost_weight"
+    config: MTViTConfig
+
+    def attach(self, model: VisionTransformer) -> None:
+        sizes, grids = model.config, self.config.grids
+        if grids[-1] != sizes.grid_size:
+            raise ValueError(f"grids must end with the backbone's own grid {sizes.grid_size}, got {grids[-1]}")
+        self.geometry = tuple(tail_geometry(sizes.img_size, grid) for grid in grids)
+        if not hasattr(self, "predictor"):
+            self.predictor = TailPredictor(sizes.in_chans, len(grids), self.config.predictor_size)
+            # the dearest tail is the backbone's own patch embedding
+            self.projections = nn.ModuleList(
+                nn.Conv2d(sizes.in_chans, sizes.embed_dim, kernel, kernel, padding)
+                for kernel, padding in self.geometry[:-1]
+            )
+            self.pos_embeds = nn.ParameterList(
+                nn.Parameter(torch.zeros(1, 1 + grid**2, sizes.embed_dim)) for grid in grids[:-1]
+            )
+            self.initialise_tails(model)
+        predictor = 0 if self.config.force_tail is not None else self.predictor.macs()
+        costs = [tail_macs(sizes, grid, kernel) for grid, (kernel, _) in zip(grids, self.geometry)]
+        self.relative_costs = tuple((cost + predictor) / costs[-1] for cost in costs)
+
+    @torch.no_grad()
+    def initialise_tails(self, model: VisionTransformer) -> None:
+        """Derive the cheaper tails from the backbone's patch embedding and positions."""
+        weight, bias = model.patch_embed.proj.weight, model.patch_embed.proj.bias
+        for grid, (kernel, _), conv, table in zip(
+            self.config.grids, self.geometry, self.projections, self.pos_embeds
+        ):
+            conv.weight.copy_(resize_kernel(weight, kernel))
+            conv.bias.copy_(bias)
+            table.copy_(resize_pos_embed(model.pos_embed, grid))
+
+    def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, MTViTState]:
+        config = self.config
+        if config.force_tail is None:
+            logits = self.predictor(images)
+            tail = choose_tail(logits, self.relative_costs, config.cost_weight)
+        else:
+            logits = None
+            tail = torch.full((len(images),), config.force_tail, dtype=torch.int32, device=images.device)
+        convs = [*self.projections, model.patch_embed.proj]
+        tables = [*self.pos_embeds, model.pos_embed]
+        x, offsets = ragged_patch_embed(
+            images,
+            tail,
+            model.cls_token[0],
+            [conv.weight for conv in convs],
+            [conv.bias for conv in convs],
+            [table[0] for table in tables],
+            [kernel for kernel, _ in self.geometry],
+            [padding for _, padding in self.geometry],
+        )
+        lengths = [1 + grid**2 for grid in config.grids]
+        if config.force_tail is None:
+            tokens = RaggedTokens(x, None, offsets, lengths[-1]).trimmed()
+        else:
+            length = lengths[config.force_tail]
+            tokens = RaggedTokens(x[: len(images) * length], None, offsets, length)
+        return tokens, MTViTState(tail, logits)
+
+    def extras(self, first_rows: Tensor, states: list[MTViTState]) -> dict[str, Tensor]:
+        state = states[-1]
+        extras = {"tail": state.tail.long()}
+        if state.logits is not None:
+            extras["predictor_logits"] = state.logits
+        return extras
+
+
+def choose_tail(logits: Tensor, relative_costs: tuple[float, ...], cost_weight: float) -> Tensor:
+    """The best of score minus weighted cost for each image, (B, K) to (B,) int32; equals go to the cheaper tail."""
+    costs = torch.tensor(relative_costs, dtype=torch.float32, device=logits.device)
+    # argmax takes the first of equals on no device by promise: the maximum of falling ranks does
+    value = logits.float() - cost_weight * costs
+    best = value == value.amax(dim=1, keepdim=True)
+    ranks = torch.arange(logits.shape[1], 0, -1, device=logits.device)
+    return (best * ranks).argmax(dim=1).to(torch.int32)
+
+
+def tail_geometry(img_size: int, grid: int) -> tuple[int, int]:
+    """Kernel (and stride) and padding in pixels that cut an image into exactly grid x grid patches."""
+    kernel = math.ceil(img_size / grid)
+    padding = math.ceil((kernel * grid - img_size) / 2)
+    if (img_size + 2 * padding - kernel) // kernel + 1 != grid:
+        raise ValueError(f"grids must divide an image of {img_size} pixels into patches, got {grid}")
+    return kernel, padding
+
+
+def tail_macs(sizes: ViTConfig, grid: int, kernel: int) -> float:
+    """Multiply-accumulates of one image through a tail and the encoder."""
+    tokens, dim = 1 + grid**2, sizes.embed_dim
+    block = (4 + 2 * sizes.mlp_ratio) * tokens * dim**2 + 2 * tokens**2 * dim
+    return sizes.depth * block + grid**2 * sizes.in_chans * kernel**2 * dim + sizes.num_classes * dim
+
+
+def _conv(width: int, wider: int, kernel: int, stride: int, groups: int) -> list[nn.Module]:
+    conv = nn.Conv2d(width, wider, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(wider), nn.ReLU()]

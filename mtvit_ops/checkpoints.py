@@ -1,0 +1,214 @@
+"""Weights from files: timm's and DeiT's, and the authors' of A-ViT, Evo-ViT and Life Regression."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .methods import AViT, MTViT
+from .methods._tail_init import resize_pos_embed
+from .nn import VisionTransformer
+
+_EVO_NAMES = (("qks.{}.qk", "qk"), ("vs.{}.v", "v"), ("norms.{}", "norm1"), ("projs.{}", "attn.proj"))
+_EVO_TRAINING_HEAD = ("head_cls.weight", "head_cls.bias", "norm_cls.weight", "norm_cls.bias")
+
+
+class LoadReport(NamedTuple):
+    """What ``load_checkpoint`` did."""
+
+    layout: str  # "timm", "Evo-ViT" or "Life Regression"
+    ignored: tuple[str, ...]  # keys of the file that inference has no use for
+    untrained: tuple[str, ...]  # parameters of the method that the file does not have
+    settings: dict[str, float]  # configuration read from the arguments or the file's name
+
+
+def load_checkpoint(
+    model: VisionTransformer,
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    gate_scale: float | None = None,
+    gate_center: float | None = None,
+    resize_positions: bool = False,
+) -> LoadReport:
+    """Load weights in place; the model is untouched unless everything fits.
+
+    Reads state dicts in timm's layout (DeiT, A-ViT, ours), the authors' Evo-ViT layout (``qks``, ``vs``, ``norms``,
+    ``projs``) and the authors' Life Regression layout, from ``.safetensors`` or PyTorch files (bare, or under a
+    ``"model"`` or ``"state_dict"`` entry; loaded with ``weights_only=True``). A method's own parameters may be missing
+    from a file of the plain backbone: MT-ViT's cheaper tails are then derived from it, the others keep their values.
+
+    Args:
+        model: from ``create_model``.
+        source: a file, or a state dict.
+        gate_scale, gate_center: A-ViT's gate; None: the last two ``-`` fields of the file's name, as the authors name
+            their files (``tiny-10-30.pth``), else what the model has.
+        resize_positions: resize a position table of another grid instead of refusing it.
+
+    Returns:
+        LoadReport(layout, ignored, untrained, settings).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: gates for a model that has none.
+        ValueError: the file is not a checkpoint, or its keys or shapes do not fit: the first missing, unexpected and
+            mis-shaped keys are named.
+    """
+    if not isinstance(model.method, AViT) and (gate_scale is not None or gate_center is not None):
+        raise TypeError(f"gate_scale and gate_center are for A-ViT, got a {type(model.method).__name__} model")
+    state = _read(source)
+    layout, state, ignored = _to_own_layout(state)
+    own = model.state_dict()
+    positions = state.get("pos_embed")
+    if resize_positions and positions is not None and positions.dim() == 3 and positions.shape[1] > 1:
+        state["pos_embed"] = resize_pos_embed(positions, model.config.grid_size)
+    untrained = tuple(name for name in own if name.startswith("method.") and name not in state)
+    _check_fit(own, state, untrained)
+    model.load_state_dict({**own, **state})
+    if untrained and isinstance(model.method, MTViT):
+        model.method.initialise_tails(model)
+    settings = {} if not isinstance(model.method, AViT) else _gates(source, gate_scale, gate_center)
+    if settings:
+        model.method.config = dataclasses.replace(model.method.config, **settings)
+    return LoadReport(layout, ignored, untrained, settings)
+
+
+def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(source, Mapping):
+        content: Any = source
+        what = "source"
+    else:
+        path = Path(source)
+        what = str(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"source must be a file, there is none at {path}")
+        content = _read_file(path)
+    for entry in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
+            content = content[entry]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{what} is not a checkpoint: it holds {type(content).__name__}, not a state dict")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{what} is not a checkpoint: its entry {name!r} is a {type(value).__name__}, not a tensor")
+    return dict(content)
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError(f"reading {path} needs safetensors: pip install safetensors") from error
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a checkpoint: {error}") from error
+    try:
+        # the authors' files keep their command line
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint: {reason}") from error
+
+
+def _to_own_layout(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
+    """The layout's name, the state under our names, and what was left out."""
+    if any(name.startswith("qks.") for name in state):
+        return "Evo-ViT", *_from_evo_vit(state)
+    if any("patch_life_predictor" in name for name in state):
+        return "Life Regression", *_from_life(state)
+    # data-parallel training leaves its prefix in every name
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return "timm", dict(state), ()
+
+
+def _from_evo_vit(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    ignored = tuple(name for name in _EVO_TRAINING_HEAD if name in state)
+    state = {name: value for name, value in state.items() if name not in ignored}
+    out: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
+    for name, value in state.items():
+        for pattern, own in _EVO_NAMES:
+            match = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)") + r"\.(weight|bias)", name)
+            if match is None:
+                continue
+            block, kind = match.groups()
+            if own in ("qk", "v"):
+                parts[f"{block}.{own}.{kind}"] = value
+            else:
+                out[f"blocks.{block}.{own}.{kind}"] = value
+            break
+        else:
+            out[name] = value
+    for name, qk in parts.items():
+        block, own, kind = name.split(".")
+        v = parts.get(f"{block}.v.{kind}")
+        if own == "qk" and v is not None and qk.shape[1:] == v.shape[1:]:
+            out[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat((qk, v))
+    return out, ignored
+
+
+def _from_life(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    out: dict[str, Tensor] = {}
+    ignored: list[str] = []
+    head = [int(found[1]) for name in state if (found := re.match(r"blocks\.head_blocks\.(\d+)\.", name))]
+    first_tail = max(head, default=-1) + 1
+    for name, value in state.items():
+        if name.endswith("patch_life_predictor.W"):
+            out["method.weight"] = value[0] if value.dim() == 3 else value
+        elif "plugin_norm_layer." in name:
+            # never trained by the authors, so our scores are taken without it
+            neutral = 1.0 if name.endswith("weight") else 0.0
+            if not bool((value == neutral).all()):
+                raise ValueError(f"{name} must be all {neutral:g}, as no optimiser of the authors moves it, got others")
+            ignored.append(name)
+        elif match := re.fullmatch(r"blocks\.(head|tail)_blocks\.(\d+)\.(.+)", name):
+            block = int(match[2]) + (first_tail if match[1] == "tail" else 0)
+            # the same tensors stand under model.blocks too, which win
+            out.setdefault(f"blocks.{block}.{match[3]}", value)
+        elif name.startswith("model."):
+            out[name.removeprefix("model.")] = value
+        else:
+            out[name] = value
+    return out, tuple(ignored)
+
+
+def _check_fit(own: dict[str, Tensor], state: dict[str, Tensor], untrained: tuple[str, ...]) -> None:
+    problems = []
+    missing = [name for name in own if name not in state and name not in untrained]
+    unexpected = [name for name in state if name not in own]
+    shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if missing:
+        problems.append(f"missing {missing[0]} (and {len(missing) - 1} more)")
+    if unexpected:
+        problems.append(f"unexpected {unexpected[0]} (and {len(unexpected) - 1} more)")
+    if shapes:
+        name = shapes[0]
+        problems.append(
+            f"mis-shaped {name}, expected {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
+            f" (and {len(shapes) - 1} more)"
+        )
+    if problems:
+        raise ValueError("the checkpoint does not fit the model: " + "; ".join(problems))
+
+
+def _gates(source: Any, gate_scale: float | None, gate_center: float | None) -> dict[str, float]:
+    named = {}
+    if not isinstance(source, Mapping):
+        match = re.search(r"-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)$", Path(source).stem)
+        if match:
+            named = {"gate_scale": float(match[1]), "gate_center": float(match[2])}
+    given = {"gate_scale": gate_scale, "gate_center": gate_center}
+    return named | {name: float(value) for name, value in given.items() if value is not None}

@@ -1,0 +1,101 @@
+"""Multiply-accumulates of real runs, through PyTorch's own counter."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from .nn import VisionTransformer
+
+
+class MacCount(NamedTuple):
+    """Multiply-accumulates, each image run on its own."""
+
+    per_image: float  # mean over the images
+    per_block: tuple[float, ...]  # of each block, mean over the images
+    per_image_list: tuple[float, ...]  # of each image
+
+
+def count_macs(model: VisionTransformer, images: Tensor) -> MacCount:
+    """Count the multiply-accumulates of a real forward pass, from the shapes that really occurred.
+
+    Counted are convolutions, linear layers and attention; additions, norms and softmax are not, as in the papers.
+
+    Args:
+        model: any model of this package; runs in the mode it is in, without gradients.
+        images: (B, in_chans, img_size, img_size), B >= 1.
+
+    Returns:
+        MacCount(per_image, per_block, per_image_list).
+
+    Raises:
+        ValueError: no image, or images that the model refuses.
+
+    Runs the model once per image and reads token counts, which waits for the device.
+    """
+    model.check_images(images)
+    if len(images) == 0:
+        raise ValueError("images must hold at least one image, got none")
+    runs = [_count(model, image[None]) for image in images]
+    totals = [total for total, _ in runs]
+    per_block = [sum(blocks) / len(runs) for blocks in zip(*(blocks for _, blocks in runs))]
+    return MacCount(sum(totals) / len(totals), tuple(per_block), tuple(totals))
+
+
+def count_batch_macs(model: VisionTransformer, images: Tensor) -> float:
+    """Multiply-accumulates per image, mean over the batch, from one run of the whole batch."""
+    return _count(model, images)[0] / len(images)
+
+
+def _count(model: VisionTransformer, images: Tensor) -> tuple[float, list[float]]:
+    """Multiply-accumulates in all, and in each block."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(images)
+    counts = counter.get_flop_counts()
+    root = type(model).__name__
+    blocks = [
+        sum(sum(counts.get(f"{root}.blocks.{index}.{half}", {}).values()) for half in ("attn", "mlp")) / 2
+        for index in range(len(model.blocks))
+    ]
+    return sum(counts["Global"].values()) / 2, blocks
+
+
+@register_flop_formula(torch.ops.mtvit_ops.varlen_attention, get_raw=True)
+def _varlen_attention_flops(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *args: Any, **kwargs: Any
+) -> int:
+    lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())
+    pairs = sum(queries * keys for queries, keys in lengths)
+    return 2 * pairs * q.shape[1] * (q.shape[2] + v.shape[2])
+
+
+@register_flop_formula(torch.ops.mtvit_ops.varlen_attention_backward, get_raw=True)
+def _varlen_attention_backward_flops(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> int:
+    lengths = zip(args[2].diff().tolist(), args[3].diff().tolist())  # after out and lse
+    pairs = sum(queries * keys for queries, keys in lengths)
+    # the logits again and the gradients of q and k, then those of the probabilities and of v
+    return 2 * pairs * q.shape[1] * (3 * q.shape[2] + 2 * v.shape[2])
+
+
+@register_flop_formula(torch.ops.mtvit_ops.class_attention, get_raw=True)
+def _class_attention_flops(q_class: Tensor, k: Tensor, cu_seqlens: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * int(cu_seqlens[-1]) * k.shape[1] * k.shape[2]
+
+
+@register_flop_formula(torch.ops.mtvit_ops.ragged_patch_embed, get_raw=True)
+def _ragged_patch_embed_flops(
+    images: Tensor,
+    tails: Tensor,
+    prefix: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    pos_embeds: list[Tensor],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    costs = [(len(table) - len(prefix)) * weight.numel() for weight, table in zip(weights, pos_embeds)]
+    return 2 * sum(costs[tail] for tail in tails.tolist())

@@ -1,0 +1,199 @@
+// Attention of one head of one image: O = softmax(Q K^T + bias) V, in float32 whatever the dtype.
+//
+// K^T and V are packed once into panels of 2 W columns, which both products then read front to back. kRows queries at
+// a time meet all keys: whole rows of logits stay in the cache, so that softmax needs no rescaling and each
+// probability is final when it is first seen. Every row's result is independent of the rows beside it.
+#pragma once
+#include "kernels.h"
+#include "simd.h"
+
+namespace mtvit_ops {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr double kLn2 = 0.693147180559945309;
+
+// c (MR, NV * W) = a (MR, depth) times a panel of b (depth, NV * W), all in registers.
+template <int MR, int NV>
+__attribute__((noinline)) void multiply_tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c,
+                                             int64_t ldc) {
+  Vec acc[MR][NV] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec bk[NV];
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) bk[j] = load(b + j * W);
+    b += NV * W;
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) {
+      const Vec aik = splat(a[i * lda + k]);
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) acc[i][j] += aik * bk[j];
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, acc[i][j]);
+  }
+}
+
+template <int NV, int MR = kRows>
+MTVIT_INLINE void multiply_rows(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c,
+                                int64_t ldc) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return multiply_rows<NV, MR - 1>(rows, a, lda, b, depth, c, ldc);
+  }
+  multiply_tile<MR, NV>(a, lda, b, depth, c, ldc);
+}
+
+// c (rows, columns) = a (rows, depth) times b (depth, columns) in panels; columns is a multiple of W.
+void multiply(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
+              int64_t columns) {
+  int64_t j = 0;
+  for (; j + 2 * W <= columns; j += 2 * W) multiply_rows<2>(rows, a, lda, b + j * depth, depth, c + j, ldc);
+  if (j < columns) multiply_rows<1>(rows, a, lda, b + j * depth, depth, c + j, ldc);
+}
+
+// k (nk, d) to panels of K^T: (d, panel width) each, zero past the last key.
+template <typename E>
+void pack_keys(const typename E::T* k, int64_t stride, int64_t nk, int64_t d, float* panels) {
+  const int64_t columns = round_up(nk, W);
+  for (int64_t first = 0; first < columns; first += W) {
+    const int64_t panel = first / (2 * W) * (2 * W);
+    const int64_t width = panel + 2 * W <= columns ? 2 * W : W;
+    float* to = panels + panel * d + (first - panel);
+    const int64_t keys = nk - first < W ? nk - first : W;
+    for (int64_t c = 0; c < d; c += W) {
+      const int64_t depth = d - c < W ? d - c : W;
+      const typename E::T* from = k + first * stride + c;
+      Vec block[W];
+      if (keys == W && depth == W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = E::load(from + i * stride);
+      } else {
+        for (int i = 0; i < W; ++i) block[i] = i < keys ? load_part<E>(from + i * stride, depth) : Vec{};
+      }
+      transpose(block);
+      if (depth == W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store(to + (c + i) * width, block[i]);
+      } else {
+        for (int64_t i = 0; i < depth; ++i) store(to + (c + i) * width, block[i]);
+      }
+    }
+  }
+}
+
+// v (nk, dv) to panels: (nk, panel width) each, zero past the last column.
+template <typename E>
+void pack_values(const typename E::T* v, int64_t stride, int64_t nk, int64_t dv, float* panels) {
+  const int64_t columns = round_up(dv, W);
+  for (int64_t first = 0; first < columns; first += W) {
+    const int64_t panel = first / (2 * W) * (2 * W);
+    const int64_t width = panel + 2 * W <= columns ? 2 * W : W;
+    float* to = panels + panel * nk + (first - panel);
+    if (dv - first >= W) {
+      for (int64_t i = 0; i < nk; ++i) store(to + i * width, E::load(v + i * stride + first));
+    } else {
+      for (int64_t i = 0; i < nk; ++i) store(to + i * width, load_part<E>(v + i * stride + first, dv - first));
+    }
+  }
+}
+
+// Logits in base 2 (columns, a multiple of W) to unnormalised probabilities, in place. bias, with -inf past the last
+// key, may be null; then tail does the same for the last vector. Returns the sum; *top gets the greatest logit.
+MTVIT_INLINE float softmax_row(float* s, int64_t columns, const float* bias, Vec tail, float* top) {
+  Vec greatest = splat(-__builtin_inff());
+  if (bias) {
+    for (int64_t j = 0; j < columns; j += W) {
+      const Vec x = load(s + j) + load(bias + j);
+      store(s + j, x);
+      greatest = max(x, greatest);
+    }
+  } else {
+    for (int64_t j = 0; j < columns - W; j += W) greatest = max(load(s + j), greatest);
+    const Vec x = load(s + columns - W) + tail;
+    store(s + columns - W, x);
+    greatest = max(x, greatest);
+  }
+  *top = max(greatest);
+  // a row without any key keeps its -inf and sums to 0; one with a NaN sums to NaN
+  const float shift = *top == -__builtin_inff() ? 0.0f : *top;
+  Vec total{};
+  for (int64_t j = 0; j < columns; j += W) {
+    const Vec p = exp2(load(s + j) - shift);
+    store(s + j, p);
+    total += p;
+  }
+  return sum(total);
+}
+
+template <typename E>
+void attention_blocks(const AttentionTask& t) {
+  using T = typename E::T;
+  const int64_t nk = t.nk, d = t.d, dv = t.dv;
+  const int64_t columns = round_up(nk, W), depth = round_up(d, W), values = round_up(dv, W);
+  const int64_t lds = columns + W;  // W more, so that rows of 2^n logits do not fall into one cache set
+  float* k_panels = t.scratch;
+  float* v_panels = k_panels + round_up(columns * d, kMaxWidth);
+  float* logits = v_panels + round_up(nk * values, kMaxWidth);
+  float* queries = logits + round_up(kRows * lds, kMaxWidth);
+  float* result = queries + round_up(kRows * depth, kMaxWidth);
+  float* bias = t.bias ? result + round_up(kRows * values, kMaxWidth) : nullptr;
+
+  pack_keys<E>(static_cast<const T*>(t.k), t.k_stride, nk, d, k_panels);
+  pack_values<E>(static_cast<const T*>(t.v), t.v_stride, nk, dv, v_panels);
+  Vec tail;
+  for (int i = 0; i < W; ++i) tail[i] = columns - W + i < nk ? 0.0f : -__builtin_inff();
+  if (bias) {
+    for (int64_t j = 0; j < columns; ++j) bias[j] = j < nk ? t.bias[j * t.bias_stride] * kLog2E : -__builtin_inff();
+  }
+  const float to_base_2 = t.scale * kLog2E;
+
+  const int64_t blocks = num_blocks(t.nq);
+  for (int64_t block = t.block_begin; block < t.block_end; ++block) {
+    const int64_t end = (block + 1) * t.nq / blocks;
+    float* sums = t.block_sums ? t.block_sums + block * nk : nullptr;
+    if (sums) __builtin_memset(sums, 0, sizeof(float) * nk);
+    for (int64_t row = block * t.nq / blocks; row < end;) {
+      // rows left, in as few tiles as there must be, all about as tall
+      const int64_t left = end - row, rows = left / ((left + kRows - 1) / kRows);
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* q = static_cast<const T*>(t.q) + (row + i) * t.q_stride;
+        int64_t c = 0;
+        for (; c + W <= d; c += W) store(queries + i * depth + c, E::load(q + c) * to_base_2);
+        if (c < d) store(queries + i * depth + c, load_part<E>(q + c, d - c) * to_base_2);
+      }
+      multiply(rows, queries, depth, k_panels, d, logits, lds, columns);
+      float inverse[kRows];
+      for (int64_t i = 0; i < rows; ++i) {
+        float top;
+        const float total = softmax_row(logits + i * lds, columns, bias, tail, &top);
+        inverse[i] = total == 0.0f ? 0.0f : 1.0f / total;
+        t.lse[(row + i) * t.lse_stride] =
+            total == 0.0f ? -__builtin_inff() : float(double(top) * kLn2 + double(__builtin_logf(total)));
+        const float* p = logits + i * lds;
+        if (sums) {
+          for (int64_t j = 0; j < nk; ++j) sums[j] += p[j] * inverse[i];
+        }
+        if (t.class_row && row + i == 0) {
+          for (int64_t j = 0; j < nk; ++j) t.class_row[j * t.class_stride] = p[j] * inverse[i];
+        }
+      }
+      multiply(rows, logits, lds, v_panels, nk, result, values, values);
+      for (int64_t i = 0; i < rows; ++i) {
+        T* out = static_cast<T*>(t.out) + (row + i) * t.out_stride;
+        const float* from = result + i * values;
+        // no key, no value: 0 * inf must not leak in
+        const bool empty = inverse[i] == 0.0f;
+        int64_t c = 0;
+        for (; c + W <= dv; c += W) E::store(out + c, empty ? Vec{} : load(from + c) * inverse[i]);
+        if (c < dv) store_part<E>(out + c, empty ? Vec{} : load(from + c) * inverse[i], dv - c);
+      }
+      row += rows;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mtvit_ops

@@ -1,0 +1,66 @@
+// gather_layer_norm on the CPU: out[i] = layer_norm(x[rows[i]]).
+//   x (R, D), rows (T,) or none (row i), weight and bias (D,); out (T, D), mean and rstd (T,) float32
+// R, D or T may be 0; a dead entry (-1) gives zeros. Rows are independent: threads write disjoint parts.
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "../checks.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace mtvit_ops {
+namespace {
+
+Tensor parameter(const char* name, const Tensor& t, const Tensor& x) {
+  check_length(name, t, x.size(1));
+  MTVIT_CHECK(t.scalar_type() == x.scalar_type() || t.scalar_type() == ScalarType::Float, name,
+              " must be float32 or have x's dtype");
+  return as_float32(name, t);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& x, std::optional<Tensor> rows, const Tensor& weight,
+                                                     const Tensor& bias, double eps) {
+  check_dim("x", x, 2, "(R, D)");
+  const Dtype dtype = check_dtype("x", x);
+  const int64_t d = x.size(1);
+  MTVIT_CHECK(d <= 1 || x.stride(1) == 1, "x must be contiguous in its last dimension");
+  const Tensor w = parameter("weight", weight, x), b = parameter("bias", bias, x);
+  Tensor list;
+  if (rows) {
+    list = int32_vector("rows", *rows);
+    check_rows(data<int32_t>(list), list.size(0), x.size(0));
+  }
+  const int64_t count = rows ? list.size(0) : x.size(0);
+  Tensor out = torch::stable::new_empty(x, {count, d});
+  Tensor mean = torch::stable::new_empty(x, {count}, ScalarType::Float);
+  Tensor rstd = torch::stable::new_empty(x, {count}, ScalarType::Float);
+  LayerNormTask t{};
+  t.dtype = dtype;
+  t.x = x.data_ptr();
+  t.rows = rows ? data<int32_t>(list) : nullptr;
+  t.weight = data<float>(w);
+  t.bias = data<float>(b);
+  t.out = out.data_ptr();
+  t.mean = mutable_data<float>(mean);
+  t.rstd = mutable_data<float>(rstd);
+  t.d = d;
+  t.x_stride = x.stride(0);
+  t.eps = static_cast<float>(eps);
+  const Kernels& native = kernels();
+  torch::stable::parallel_for(0, count, row_grain(d), [&](int64_t begin, int64_t end) { native.layer_norm(t, begin, end); });
+  return {out, mean, rstd};
+}
+
+}  // namespace
+}  // namespace mtvit_ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
+  m.def(
+      "gather_layer_norm(Tensor x, Tensor? rows, Tensor weight, Tensor bias, float eps) -> "
+      "(Tensor out, Tensor mean, Tensor rstd)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
+  m.impl("gather_layer_norm", TORCH_BOX(&mtvit_ops::gather_layer_norm));
+}

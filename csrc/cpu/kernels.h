@@ -1,0 +1,78 @@
+// The inner loops of the CPU operators: plain C interface, because each is compiled once per instruction set.
+// Nothing from the standard library here or in what kernels.cpp includes: an inline function compiled for AVX-512
+// could otherwise be the copy that the linker keeps for everyone.
+#pragma once
+#include <stdint.h>
+
+namespace mtvit_ops {
+
+enum class Dtype : int { f32, bf16, f16 };
+
+inline constexpr int64_t kMaxWidth = 16;  // floats in the widest vector
+inline constexpr int64_t kMaxRows = 12;   // query rows of the tallest tile
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Queries are taken in blocks of about this many rows; column sums are kept per block, so that their order of
+// addition depends on the lengths alone.
+constexpr int64_t num_blocks(int64_t num_queries) {
+  const int64_t blocks = (num_queries + 2 * kMaxRows - 1) / (2 * kMaxRows);
+  return blocks < 64 ? blocks : 64;
+}
+
+// One head of one image, query blocks [block_begin, block_end). Strides in elements.
+struct AttentionTask {
+  Dtype dtype;
+  const void *q, *k, *v;  // first token of the image in this head: (nq, d), (nk, d), (nk, dv)
+  void* out;              // (nq, dv)
+  float* lse;             // (nq,)
+  const float* bias;      // (nk,) or null
+  float* class_row;       // (nk,): probabilities of the first query, or null
+  float* block_sums;      // (blocks, nk): column sums of the probabilities of each block, or null
+  float* scratch;         // scratch_floats(nk, d, dv) floats, 64-byte aligned
+  int64_t q_stride, k_stride, v_stride, out_stride, lse_stride, bias_stride, class_stride;
+  int64_t nq, nk, d, dv;  // nq > 0 and nk > 0
+  int64_t block_begin, block_end;
+  float scale;
+};
+
+// Keys and values in float32 panels; logits, queries and results of one tile of rows; biases.
+constexpr int64_t scratch_floats(int64_t nk, int64_t d, int64_t dv) {
+  const int64_t keys = round_up(nk, kMaxWidth), depth = round_up(d, kMaxWidth), values = round_up(dv, kMaxWidth);
+  return keys * depth + keys * values + kMaxRows * (keys + kMaxWidth + depth + values) + keys;
+}
+
+struct LayerNormTask {
+  Dtype dtype;
+  const void* x;        // (R, d), row stride x_stride
+  const int32_t* rows;  // (T,) or null: row i
+  const float *weight, *bias;  // (d,)
+  void* out;                   // (T, d)
+  float *mean, *rstd;          // (T,)
+  int64_t d, x_stride;
+  float eps;
+};
+
+struct ScatterTask {
+  Dtype dtype;
+  void* x;              // (R, d), row stride x_stride
+  const int32_t* rows;  // (T,) or null: row i
+  const void* y;        // (T, d), row stride y_stride
+  const float *column_scale, *row_scale;  // (d,), (T,); null: 1
+  int64_t d, x_stride, y_stride;
+};
+
+struct Kernels {
+  const char* name;
+  void (*attention)(const AttentionTask&);
+  void (*layer_norm)(const LayerNormTask&, int64_t begin, int64_t end);
+  void (*scatter_residual)(const ScatterTask&, int64_t begin, int64_t end);
+  void (*exp2)(const float* x, float* out, int64_t n);
+};
+
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;
+
+// The level this CPU runs best, or the one MTVIT_OPS_ISA names; throws where the CPU lacks that one.
+const Kernels& kernels();
+
+}  // namespace mtvit_ops

@@ -1,0 +1,83 @@
+// Inner loops over rows: layer norm through a list, scaled addition through a list.
+#pragma once
+#include "kernels.h"
+#include "simd.h"
+
+namespace mtvit_ops {
+namespace {
+
+template <typename E>
+void layer_norm_rows(const LayerNormTask& t, int64_t begin, int64_t end) {
+  using T = typename E::T;
+  const int64_t d = t.d, full = d / W * W, rest = d - full;
+  const Vec zero{};
+  IVec lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  const IVec in_row = lane < IVec{} + int32_t(rest);
+  for (int64_t i = begin; i < end; ++i) {
+    T* out = static_cast<T*>(t.out) + i * d;
+    const int64_t row = t.rows ? t.rows[i] : i;
+    if (row < 0) {
+      __builtin_memset(out, 0, sizeof(T) * d);
+      t.mean[i] = t.rstd[i] = 0.0f;
+      continue;
+    }
+    const T* x = static_cast<const T*>(t.x) + row * t.x_stride;
+    // statistics in float32 whatever the dtype, in two passes: no cancellation; the row stays in the L1 cache
+    Vec total{};
+    for (int64_t j = 0; j < full; j += W) total += E::load(x + j);
+    if (rest) total += load_part<E>(x + full, rest);
+    const float mean = sum(total) / float(d);
+    Vec squares{};
+    for (int64_t j = 0; j < full; j += W) {
+      const Vec off = E::load(x + j) - mean;
+      squares += off * off;
+    }
+    if (rest) {
+      const Vec off = in_row ? load_part<E>(x + full, rest) - mean : zero;
+      squares += off * off;
+    }
+    const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / float(d) + t.eps);
+    for (int64_t j = 0; j < full; j += W) {
+      E::store(out + j, (E::load(x + j) - mean) * rstd * load(t.weight + j) + load(t.bias + j));
+    }
+    if (rest) {
+      const Vec normal = (load_part<E>(x + full, rest) - mean) * rstd;
+      store_part<E>(out + full, normal * load_part<F32>(t.weight + full, rest) + load_part<F32>(t.bias + full, rest),
+                    rest);
+    }
+    t.mean[i] = mean;
+    t.rstd[i] = rstd;
+  }
+}
+
+template <typename E>
+void scatter_residual_rows(const ScatterTask& t, int64_t begin, int64_t end) {
+  using T = typename E::T;
+  const int64_t d = t.d, full = d / W * W, rest = d - full;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = t.rows ? t.rows[i] : i;
+    if (row < 0) continue;
+    T* x = static_cast<T*>(t.x) + row * t.x_stride;
+    const T* y = static_cast<const T*>(t.y) + i * t.y_stride;
+    const float factor = t.row_scale ? t.row_scale[i] : 1.0f;
+    // float32 inside, one rounding at the end
+    if (t.column_scale) {
+      for (int64_t j = 0; j < full; j += W) {
+        E::store(x + j, E::load(x + j) + E::load(y + j) * load(t.column_scale + j));
+      }
+      if (rest) {
+        const Vec step = load_part<E>(y + full, rest) * load_part<F32>(t.column_scale + full, rest);
+        store_part<E>(x + full, load_part<E>(x + full, rest) + step, rest);
+      }
+    } else {
+      for (int64_t j = 0; j < full; j += W) E::store(x + j, E::load(x + j) + E::load(y + j) * factor);
+      if (rest) {
+        store_part<E>(x + full, load_part<E>(x + full, rest) + load_part<E>(y + full, rest) * factor, rest);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mtvit_ops

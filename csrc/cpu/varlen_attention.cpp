@@ -1,0 +1,265 @@
+// varlen_attention on the CPU: shapes, values, and who computes what; the arithmetic is in attention_tile.h.
+//
+// B images, image b with queries cu_seqlens_q[b] to [b + 1] and keys cu_seqlens_k[b] to [b + 1], H heads.
+//   q (Tq, H, d), k (Tk, H, d), v (Tk, H, dv); out (Tq, H, dv), lse (Tq, H), scores (Tk, H) or (0, H)
+// Any of B, H, d, dv, a length or the slack behind the last image may be 0. No keys: out 0, lse -inf.
+// Threads write disjoint parts, so nothing on the data is atomic and the result depends on no thread count.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace mtvit_ops {
+namespace {
+
+enum Scores : int64_t { kNone = 0, kClass = 1, kMean = 2 };
+
+// Blocks [begin, end) of the queries of one head of one image.
+struct Item {
+  int32_t image, head;
+  int32_t begin, end;
+  int64_t cost;
+};
+
+struct Problem {
+  Tensor q, k, v;
+  const int32_t *cu_q, *cu_k;
+  int64_t batch, heads, d, dv;
+  Dtype dtype;
+  size_t element;
+
+  int64_t nq(int64_t image) const { return cu_q[image + 1] - cu_q[image]; }
+  int64_t nk(int64_t image) const { return cu_k[image + 1] - cu_k[image]; }
+};
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float, Free>;
+
+Buffer allocate(int64_t floats) {
+  void* p = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(floats, 1), 16)) * sizeof(float));
+  if (p == nullptr) throw std::bad_alloc();
+  return Buffer(static_cast<float*>(p));
+}
+
+// Each thread keeps its scratch between calls up to 16 MiB, enough for 8192 keys of two 64-wide heads.
+float* thread_scratch(int64_t floats, Buffer& large) {
+  constexpr int64_t kKept = int64_t{4} << 20;
+  if (floats > kKept) {
+    large = allocate(floats);
+    return large.get();
+  }
+  thread_local Buffer kept;
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    kept.reset();
+    size = 0;
+    kept = allocate(floats);
+    size = floats;
+  }
+  return kept.get();
+}
+
+Tensor dense_last(const Tensor& t) {
+  return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// Whole heads where there are enough of them; else queries are split so that each thread has about three items.
+std::vector<Item> plan(const Problem& p, int64_t threads) {
+  int64_t total = 0;
+  for (int64_t b = 0; b < p.batch; ++b) total += p.nq(b) * p.nk(b) * p.heads;
+  const int64_t limit = threads > 1 ? std::max<int64_t>(total / (3 * threads), 1) : std::numeric_limits<int64_t>::max();
+  std::vector<Item> items;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t cost = p.nq(b) * p.nk(b), blocks = num_blocks(p.nq(b));
+    if (cost == 0) continue;
+    const int64_t parts = std::min(blocks, cost / limit + (cost % limit != 0));
+    for (int64_t h = 0; h < p.heads; ++h) {
+      for (int64_t i = 0; i < parts; ++i) {
+        const auto begin = static_cast<int32_t>(i * blocks / parts), end = static_cast<int32_t>((i + 1) * blocks / parts);
+        items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), begin, end, cost * (end - begin) / blocks});
+      }
+    }
+  }
+  // the longest first, so that no thread starts a long one when the others are done
+  if (threads > 1) {
+    std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  }
+  return items;
+}
+
+struct Outputs {
+  char* out;
+  float *lse, *scores;
+  const float* bias;
+  int64_t bias_token, bias_head;  // strides
+  float* sums;                    // block sums of every image and head
+  std::vector<int64_t> sums_of;   // where those of an image begin
+};
+
+void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Item& item) {
+  const int64_t b = item.image, h = item.head, first_q = p.cu_q[b], first_k = p.cu_k[b];
+  const auto at = [&](const Tensor& t, int64_t token) {
+    return static_cast<const char*>(t.data_ptr()) + (token * t.stride(0) + h * t.stride(1)) * p.element;
+  };
+  AttentionTask t{};
+  t.dtype = p.dtype;
+  t.q = at(p.q, first_q);
+  t.k = at(p.k, first_k);
+  t.v = at(p.v, first_k);
+  t.out = o.out + (first_q * p.heads + h) * p.dv * p.element;
+  t.lse = o.lse + first_q * p.heads + h;
+  t.bias = o.bias ? o.bias + first_k * o.bias_token + h * o.bias_head : nullptr;
+  t.nq = p.nq(b);
+  t.nk = p.nk(b);
+  t.d = p.d;
+  t.dv = p.dv;
+  if (mode == kClass) t.class_row = o.scores + first_k * p.heads + h;
+  if (mode == kMean) t.block_sums = o.sums + o.sums_of[b] + h * num_blocks(t.nq) * t.nk;
+  t.q_stride = p.q.stride(0);
+  t.k_stride = p.k.stride(0);
+  t.v_stride = p.v.stride(0);
+  t.out_stride = p.heads * p.dv;
+  t.lse_stride = t.class_stride = p.heads;
+  t.bias_stride = o.bias_token;
+  t.block_begin = item.begin;
+  t.block_end = item.end;
+  t.scale = scale;
+  Buffer large;
+  t.scratch = thread_scratch(scratch_floats(t.nk, t.d, t.dv), large);
+  kernels().attention(t);
+}
+
+// Block sums, in order of the blocks, to column means.
+void finish_means(const Problem& p, const Outputs& o, int64_t image) {
+  const int64_t nq = p.nq(image), nk = p.nk(image), blocks = num_blocks(nq);
+  const float share = nq > 0 ? 1.0f / static_cast<float>(nq) : 0.0f;
+  std::vector<float> total(static_cast<size_t>(nk));
+  for (int64_t h = 0; h < p.heads; ++h) {
+    const float* sums = o.sums + o.sums_of[image] + h * blocks * nk;
+    std::fill(total.begin(), total.end(), 0.0f);
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t j = 0; j < nk; ++j) total[j] += sums[b * nk + j];
+    }
+    float* to = o.scores + p.cu_k[image] * p.heads + h;
+    for (int64_t j = 0; j < nk; ++j) to[j * p.heads] = total[j] * share;
+  }
+}
+
+// What no item writes: images without a key or without a query, and the slack behind the last image.
+void fill_rest(const Problem& p, const Outputs& o, Scores mode) {
+  const auto no_keys = [&](int64_t begin, int64_t end) {
+    const int64_t row = p.heads * p.dv * static_cast<int64_t>(p.element);
+    std::fill(o.out + begin * row, o.out + end * row, 0);
+    std::fill(o.lse + begin * p.heads, o.lse + end * p.heads, -std::numeric_limits<float>::infinity());
+  };
+  const auto no_queries = [&](int64_t begin, int64_t end) {
+    if (mode != kNone) std::fill(o.scores + begin * p.heads, o.scores + end * p.heads, 0.0f);
+  };
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (p.nk(b) == 0) no_keys(p.cu_q[b], p.cu_q[b + 1]);
+    if (p.nq(b) == 0) no_queries(p.cu_k[b], p.cu_k[b + 1]);
+  }
+  no_keys(p.cu_q[p.batch], p.q.size(0));
+  no_queries(p.cu_k[p.batch], p.k.size(0));
+}
+
+Problem check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
+              int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  check_dim("q", q, 3, "(Tq, H, d)");
+  check_dim("k", k, 3, "(Tk, H, d)");
+  check_dim("v", v, 3, "(Tk, H, dv)");
+  MTVIT_CHECK(k.size(1) == q.size(1) && k.size(2) == q.size(2), "k must have shape (Tk, ", q.size(1), ", ", q.size(2),
+              "), got ", shape_of(k));
+  MTVIT_CHECK(v.size(0) == k.size(0) && v.size(1) == k.size(1), "v must have shape (", k.size(0), ", ", k.size(1),
+              ", dv), got ", shape_of(v));
+  const Dtype dtype = check_dtype("q", q);
+  MTVIT_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+              "q, k and v must have one dtype");
+  MTVIT_CHECK(cu_q.size(0) == cu_k.size(0), "cu_seqlens_k must have shape (", cu_q.size(0), ",), got ",
+              shape_of(cu_k));
+  const int64_t batch = cu_q.size(0) - 1;
+  const int64_t longest_q = check_cu_seqlens("cu_seqlens_q", data<int32_t>(cu_q), batch, q.size(0));
+  const int64_t longest_k = check_cu_seqlens("cu_seqlens_k", data<int32_t>(cu_k), batch, k.size(0));
+  MTVIT_CHECK_VALUE(max_seqlen_q >= longest_q, "max_seqlen_q must be at least ", longest_q, ", got ", max_seqlen_q);
+  MTVIT_CHECK_VALUE(max_seqlen_k >= longest_k, "max_seqlen_k must be at least ", longest_k, ", got ", max_seqlen_k);
+  // a last stride other than 1 costs a copy
+  return {dense_last(q), dense_last(k), dense_last(v), data<int32_t>(cu_q), data<int32_t>(cu_k), batch, q.size(1),
+          q.size(2), v.size(2), dtype, q.element_size()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                                    std::optional<Tensor> key_bias, int64_t scores) {
+  const Tensor cu_q = cu_seqlens_vector("cu_seqlens_q", cu_seqlens_q);
+  const Tensor cu_k = cu_seqlens_vector("cu_seqlens_k", cu_seqlens_k);
+  const Problem p = check(q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k);
+  MTVIT_CHECK(scores >= kNone && scores <= kMean, "scores must be 0, 1 or 2, got ", scores);
+  const auto mode = static_cast<Scores>(scores);
+  Outputs o{};
+  Tensor bias;  // kept alive as long as o.bias points into it
+  if (key_bias) {
+    const int64_t dim = key_bias->dim();
+    MTVIT_CHECK((dim == 1 || (dim == 2 && key_bias->size(1) == p.heads)) && key_bias->size(0) == k.size(0),
+                "key_bias must have shape (", k.size(0), ",) or (", k.size(0), ", ", p.heads, "), got ",
+                shape_of(*key_bias));
+    bias = as_float32("key_bias", *key_bias);
+    o.bias = data<float>(bias);
+    o.bias_token = dim == 2 ? p.heads : 1;
+    o.bias_head = dim == 2 ? 1 : 0;
+  }
+  Tensor out = torch::stable::new_empty(q, {q.size(0), p.heads, p.dv});
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), p.heads}, ScalarType::Float);
+  Tensor token_scores = torch::stable::new_empty(q, {mode == kNone ? 0 : k.size(0), p.heads}, ScalarType::Float);
+  o.out = mutable_data<char>(out);
+  o.lse = mutable_data<float>(lse);
+  o.scores = mutable_data<float>(token_scores);
+  Buffer sums;
+  if (mode == kMean) {
+    int64_t floats = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      o.sums_of.push_back(floats);
+      floats += p.heads * num_blocks(p.nq(b)) * p.nk(b);
+    }
+    sums = allocate(floats);
+    o.sums = sums.get();
+  }
+  const std::vector<Item> items = plan(p, torch::stable::get_num_threads());
+  const auto count = static_cast<int64_t>(items.size());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min<int64_t>(torch::stable::get_num_threads(), count), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      run(p, o, mode, static_cast<float>(scale), items[static_cast<size_t>(i)]);
+    }
+  });
+  if (mode == kMean) {
+    torch::stable::parallel_for(0, p.batch, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) finish_means(p, o, b);
+    });
+  }
+  fill_rest(p, o, mode);
+  return {out, lse, token_scores};
+}
+
+}  // namespace
+}  // namespace mtvit_ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
+  m.def(
+      "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
+      "int max_seqlen_k, float scale, Tensor? key_bias, int scores) -> (Tensor out, Tensor lse, Tensor scores)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
+  m.impl("varlen_attention", TORCH_BOX(&mtvit_ops::varlen_attention));
+}

@@ -113,7 +113,7 @@ class Life(Method):
     def before_block(self, index: int, tokens: RaggedTokens, state: LifeState) -> tuple[RaggedTokens, LifeState]:
         base = self.config.base_block
         if index == base:
-            state = LifeState(self.lives(tokens.x.reshape(tokens.num_images, -1, tokens.x.shape[1])))
+            state = LifeState(self.lives(tokens.x.reshape(tokens.num_images, tokens.max_seqlen, tokens.x.shape[1])))
         if index < base:
             return tokens, state
         assert state.lives is not None

@@ -3,9 +3,10 @@
 from .attention import Attention
 from .block import Block
 from .method import Method
+from .masked import masked_twin
 from .mlp import Mlp
 from .patch_embed import PatchEmbed
 from .trace import Trace
 from .vision_transformer import VisionTransformer, ViTConfig
 
-__all__ = ["Attention", "Block", "Method", "Mlp", "PatchEmbed", "Trace", "ViTConfig", "VisionTransformer"]
+__all__ = ["Attention", "Block", "Method", "Mlp", "PatchEmbed", "Trace", "ViTConfig", "VisionTransformer", "masked_twin"]

@@ -1,0 +1,75 @@
+"""The same model with dead tokens masked instead of removed: slow on purpose, to hold removal to."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..ragged import RaggedTokens
+from .block import Block
+from .vision_transformer import VisionTransformer
+
+
+class MaskedBlock(nn.Module):
+    """A block that computes every row, hides dead keys behind a bias of -inf, and keeps only what live rows gained.
+
+    Args:
+        block: the block whose weights it uses.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def attend(
+        self,
+        tokens: RaggedTokens,
+        *,
+        key_bias: Tensor | None = None,
+        scores: Literal["class", "mean"] | None = None,
+        inplace: bool = False,
+    ) -> tuple[RaggedTokens, Tensor | None]:
+        if tokens.rows is None:
+            return self.block.attend(tokens, key_bias=key_bias, scores=scores)
+        everyone, alive, rows = _everyone(tokens)
+        bias = torch.zeros_like(alive, dtype=tokens.x.dtype).masked_fill(~alive, -torch.inf)
+        if key_bias is not None:
+            bias = bias.index_add(0, rows, key_bias)
+        after, received = self.block.attend(everyone, key_bias=bias, scores=scores)
+        x = torch.where(alive[:, None], after.x, tokens.x)
+        return tokens._replace(x=x), None if received is None else received[rows]
+
+    def feed_forward(self, tokens: RaggedTokens, *, inplace: bool = False) -> RaggedTokens:
+        if tokens.rows is None:
+            return self.block.feed_forward(tokens)
+        everyone, alive, _ = _everyone(tokens)
+        after = self.block.feed_forward(everyone)
+        return tokens._replace(x=torch.where(alive[:, None], after.x, tokens.x))
+
+
+def masked_twin(model: VisionTransformer) -> VisionTransformer:
+    """The model with shared weights and the same method, masking instead of removing.
+
+    Args:
+        model: any model of this package. Where lists are never shortened (dense, MT-ViT) the twin does what the model does.
+
+    Equal to ``model`` to float rounding, in logits and in every decision.
+    """
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin.blocks = nn.ModuleList(MaskedBlock(block) for block in model.blocks)
+    return twin
+
+
+def _everyone(tokens: RaggedTokens) -> tuple[RaggedTokens, Tensor, Tensor]:
+    """All rows as live, which of them really are (R,), and the live rows (T,)."""
+    assert tokens.rows is not None
+    num_rows, batch = tokens.x.shape[0], tokens.num_images
+    rows = tokens.rows.long()
+    alive = torch.zeros(num_rows, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
+    length = num_rows // max(batch, 1)
+    offsets = torch.arange(batch + 1, dtype=torch.int32, device=rows.device) * length
+    return tokens._replace(rows=None, cu_seqlens=offsets, max_seqlen=length), alive, rows

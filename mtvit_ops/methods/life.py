@@ -139,7 +139,8 @@ class Life(Method):
         direction = normed[:, 0] @ self.weight.float().T  # (B, D); first W c, then x . (W c)
         scores = (normed[:, 1:] @ direction[:, :, None])[:, :, 0]  # (B, N)
         centred = scores - scores.mean(dim=1, keepdim=True)
-        spread = scores.std(dim=1, keepdim=True) if scores.shape[1] > 1 else torch.ones_like(centred[:, :1])
+        # the sample deviation, written out so that a single patch or an empty batch is no special case
+        spread = (centred.square().sum(dim=1, keepdim=True) / max(scores.shape[1] - 1, 1)).sqrt()
         normalised = centred / (spread + 1e-8) * self.std + self.mean
         base = self.config.base_block
         return base + (self.depth - base) * normalised

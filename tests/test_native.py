@@ -1,12 +1,8 @@
-"""The native operators, each against the plain formula in float64."""
+"""Native attention and selection, each against the plain formula in float64."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +14,6 @@ pytestmark = pytest.mark.skipif(not _extension.has_extension(), reason=str(_exte
 
 native = torch.ops.mtvit_ops_cpp
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-LEVEL = os.environ.get("MTVIT_OPS_ISA")  # set: this run is a child of test_every_instruction_set
 
 
 def offsets(lengths: list[int]) -> Tensor:

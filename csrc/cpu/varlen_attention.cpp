@@ -237,7 +237,10 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention(const Tensor& q, const Tenso
     sums = allocate(floats);
     o.sums = sums.get();
   }
-  const int64_t threads = torch::stable::get_num_threads();
+  int64_t work = 0;  // multiplications
+  for (int64_t b = 0; b < p.batch; ++b) work += p.nq(b) * p.nk(b) * p.heads * (p.d + p.dv);
+  constexpr int64_t kWorthThreads = 1 << 19;  // under some 5 microseconds, waking a thread costs more than it does
+  const int64_t threads = work < kWorthThreads ? 1 : torch::stable::get_num_threads();
   const std::vector<Item> items = plan(p, threads);
   const auto count = static_cast<int64_t>(items.size());
   std::atomic<int64_t> next{0};

@@ -177,8 +177,8 @@ def test_half_conversion_is_exact(dtype):
 
 def attend(**changes):
     q, k, v = torch.randn(3, 6, 2, 4)
-    args = {"q": q, "k": k, "v": v, "cu_q": [0, 2, 6], "cu_k": [0, 3, 6], "max_q": 4, "max_k": 3, "bias": None, "mode": 0}
-    args |= changes
+    args = {"q": q, "k": k, "v": v, "bias": None, "mode": 0}
+    args |= {"cu_q": [0, 2, 6], "cu_k": [0, 3, 6], "max_q": 4, "max_k": 3} | changes
     cu_q, cu_k = (torch.tensor(args[name], dtype=torch.int32) for name in ("cu_q", "cu_k"))
     q, k, v, bias = (args[name] for name in ("q", "k", "v", "bias"))
     return native.varlen_attention(q, k, v, cu_q, cu_k, args["max_q"], args["max_k"], 0.5, bias, args["mode"])
@@ -212,9 +212,7 @@ VALUE_ERRORS = {
     "cu_seqlens must not decrease, got 1 after 2": lambda: pick(cu=[0, 2, 1], keep=1),
     "cu_seqlens must end at 6 or before, got 9": lambda: pick(cu=[0, 2, 9], keep=1),
     "keep must lie in [0, 2] for image 0 (its prefix, its length), got 3": lambda: pick(keep=3),
-    "keep must lie in [2, 4] for image 1 (its prefix, its length), got 1": lambda: pick(
-        cu=[0, 1, 5], prefix=2, keep=1
-    ),
+    "keep must lie in [2, 4] for image 1 (its prefix, its length), got 1": lambda: pick(cu=[0, 1, 5], prefix=2, keep=1),
     "keep must lie in [0, 0] for image 0 (its prefix, its length), got 1": lambda: pick(cu=[0, 0, 6], keep=1),
     "keep_counts must lie in [1, 4] for image 1 (its prefix, its length), got 5": lambda: pick(counts=[1, 5], prefix=1),
     "keep_counts must lie in [0, 2] for image 0 (its prefix, its length), got -1": lambda: pick(counts=[-1, 2]),

@@ -49,8 +49,8 @@ MTVIT_INLINE void multiply_rows(int64_t rows, const float* a, int64_t lda, const
   multiply_tile<MR, NV>(a, lda, b, depth, c, ldc, add);
 }
 
-// c (rows, columns) = a (rows, depth) times b (depth, columns) in panels; columns is a multiple of W. Long sums are made
-// of sums of kDepth products: rounding errors then grow with the number of parts, not with the depth.
+// c (rows, columns) = a (rows, depth) times b (depth, columns) in panels; columns is a multiple of W. Long sums are
+// made of sums of kDepth products: rounding errors then grow with the number of parts, not with the depth.
 void multiply(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
               int64_t columns) {
   constexpr int64_t kDepth = 256;

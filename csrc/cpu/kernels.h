@@ -11,7 +11,9 @@ enum class Dtype : int { f32, bf16, f16 };
 inline constexpr int64_t kMaxWidth = 16;  // floats in the widest vector
 inline constexpr int64_t kMaxRows = 12;   // query rows of the tallest tile
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // Queries are taken in blocks of about this many rows; column sums are kept per block, so that their order of
 // addition depends on the lengths alone.
@@ -44,8 +46,8 @@ constexpr int64_t scratch_floats(int64_t nk, int64_t d, int64_t dv) {
 
 struct LayerNormTask {
   Dtype dtype;
-  const void* x;        // (R, d), row stride x_stride
-  const int32_t* rows;  // (T,) or null: row i
+  const void* x;               // (R, d), row stride x_stride
+  const int32_t* rows;         // (T,) or null: row i
   const float *weight, *bias;  // (d,)
   void* out;                   // (T, d)
   float *mean, *rstd;          // (T,)
@@ -55,9 +57,9 @@ struct LayerNormTask {
 
 struct ScatterTask {
   Dtype dtype;
-  void* x;              // (R, d), row stride x_stride
-  const int32_t* rows;  // (T,) or null: row i
-  const void* y;        // (T, d), row stride y_stride
+  void* x;                                // (R, d), row stride x_stride
+  const int32_t* rows;                    // (T,) or null: row i
+  const void* y;                          // (T, d), row stride y_stride
   const float *column_scale, *row_scale;  // (d,), (T,); null: 1
   int64_t d, x_stride, y_stride;
 };

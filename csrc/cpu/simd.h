@@ -32,7 +32,9 @@ MTVIT_INLINE To bits(From from) {
   return to;
 }
 
-MTVIT_INLINE Vec splat(float x) { return x - Vec{}; }  // x - 0 is x, for -0 too
+MTVIT_INLINE Vec splat(float x) {
+  return x - Vec{};
+}  // x - 0 is x, for -0 too
 
 MTVIT_INLINE Vec load(const float* p) {
   Vec x;
@@ -40,7 +42,9 @@ MTVIT_INLINE Vec load(const float* p) {
   return x;
 }
 
-MTVIT_INLINE void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof x); }
+MTVIT_INLINE void store(float* p, Vec x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
 
 MTVIT_INLINE float sum(Vec x) {
   for (int half = W / 2; half > 0; half /= 2)
@@ -48,7 +52,9 @@ MTVIT_INLINE float sum(Vec x) {
   return x[0];
 }
 
-MTVIT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+MTVIT_INLINE Vec max(Vec a, Vec b) {
+  return a > b ? a : b;
+}
 
 MTVIT_INLINE float max(Vec x) {
   for (int half = W / 2; half > 0; half /= 2)

@@ -89,7 +89,8 @@ std::vector<Item> plan(const Problem& p, int64_t threads) {
     const int64_t parts = std::min(blocks, cost / limit + (cost % limit != 0));
     for (int64_t h = 0; h < p.heads; ++h) {
       for (int64_t i = 0; i < parts; ++i) {
-        const auto begin = static_cast<int32_t>(i * blocks / parts), end = static_cast<int32_t>((i + 1) * blocks / parts);
+        const auto begin = static_cast<int32_t>(i * blocks / parts),
+                   end = static_cast<int32_t>((i + 1) * blocks / parts);
         items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), begin, end, cost * (end - begin) / blocks});
       }
     }
@@ -187,8 +188,7 @@ Problem check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& c
   const Dtype dtype = check_dtype("q", q);
   MTVIT_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
               "q, k and v must have one dtype");
-  MTVIT_CHECK(cu_q.size(0) == cu_k.size(0), "cu_seqlens_k must have shape (", cu_q.size(0), ",), got ",
-              shape_of(cu_k));
+  MTVIT_CHECK(cu_q.size(0) == cu_k.size(0), "cu_seqlens_k must have shape (", cu_q.size(0), ",), got ", shape_of(cu_k));
   const int64_t batch = cu_q.size(0) - 1;
   const int64_t longest_q = check_cu_seqlens("cu_seqlens_q", data<int32_t>(cu_q), batch, q.size(0));
   const int64_t longest_k = check_cu_seqlens("cu_seqlens_k", data<int32_t>(cu_k), batch, k.size(0));
@@ -196,7 +196,7 @@ Problem check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& c
   MTVIT_CHECK_VALUE(max_seqlen_k >= longest_k, "max_seqlen_k must be at least ", longest_k, ", got ", max_seqlen_k);
   // a last stride other than 1 costs a copy
   return {dense_last(q), dense_last(k), dense_last(v), data<int32_t>(cu_q), data<int32_t>(cu_k), batch, q.size(1),
-          q.size(2), v.size(2), dtype, q.element_size()};
+          q.size(2),     v.size(2),     dtype,         q.element_size()};
 }
 
 std::tuple<Tensor, Tensor, Tensor> varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -25,9 +25,10 @@ template <typename... Args>
 }
 
 // STD_TORCH_CHECK would put the source path in front of the words.
-#define MTVIT_CHECK(condition, ...)                              \
-  do {                                                           \
-    if (!(condition)) [[unlikely]] ::mtvit_ops::fail(__VA_ARGS__); \
+#define MTVIT_CHECK(condition, ...)   \
+  do {                                \
+    if (!(condition)) [[unlikely]]    \
+      ::mtvit_ops::fail(__VA_ARGS__); \
   } while (false)
 
 // Wrong values, which only the data shows; Python turns this prefix into a ValueError.
@@ -115,6 +116,8 @@ inline Tensor as_float32(const char* name, const Tensor& t) {
 }
 
 // Rows that make a thread's least share: some 16 thousand numbers, a few microseconds.
-inline int64_t row_grain(int64_t columns) { return std::max<int64_t>(16384 / std::max<int64_t>(columns, 1), 1); }
+inline int64_t row_grain(int64_t columns) {
+  return std::max<int64_t>(16384 / std::max<int64_t>(columns, 1), 1);
+}
 
 }  // namespace mtvit_ops

@@ -48,7 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& x, std::optio
   t.x_stride = x.stride(0);
   t.eps = static_cast<float>(eps);
   const Kernels& native = kernels();
-  torch::stable::parallel_for(0, count, row_grain(d), [&](int64_t begin, int64_t end) { native.layer_norm(t, begin, end); });
+  torch::stable::parallel_for(0, count, row_grain(d),
+                              [&](int64_t begin, int64_t end) { native.layer_norm(t, begin, end); });
   return {out, mean, rstd};
 }
 

@@ -9,16 +9,20 @@ namespace mtvit_ops {
 namespace {
 
 // The member of a family of kernels that is made for the task's dtype.
-#define MTVIT_BY_DTYPE(kernel, ...)                         \
-  do {                                                      \
+#define MTVIT_BY_DTYPE(kernel, ...)                               \
+  do {                                                            \
     if (t.dtype == Dtype::f32) return kernel<F32>(__VA_ARGS__);   \
     if (t.dtype == Dtype::bf16) return kernel<BF16>(__VA_ARGS__); \
-    return kernel<F16>(__VA_ARGS__);                        \
+    return kernel<F16>(__VA_ARGS__);                              \
   } while (false)
 
-void attention(const AttentionTask& t) { MTVIT_BY_DTYPE(attention_blocks, t); }
+void attention(const AttentionTask& t) {
+  MTVIT_BY_DTYPE(attention_blocks, t);
+}
 
-void layer_norm(const LayerNormTask& t, int64_t begin, int64_t end) { MTVIT_BY_DTYPE(layer_norm_rows, t, begin, end); }
+void layer_norm(const LayerNormTask& t, int64_t begin, int64_t end) {
+  MTVIT_BY_DTYPE(layer_norm_rows, t, begin, end);
+}
 
 void scatter_residual(const ScatterTask& t, int64_t begin, int64_t end) {
   MTVIT_BY_DTYPE(scatter_residual_rows, t, begin, end);

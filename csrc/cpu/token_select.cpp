@@ -20,13 +20,13 @@ namespace mtvit_ops {
 namespace {
 
 // Sort keys: the smallest is the best entry, and no two of an image are equal.
-using Key32 = uint64_t;                     // rank of the score above, position below
+using Key32 = uint64_t;                      // rank of the score above, position below
 using Key64 = std::pair<uint64_t, int32_t>;  // rank of the score, position
 
 uint32_t rank_of(float score) {
   if (std::isnan(score)) return 0xffffffffu;
-  const auto u = std::bit_cast<uint32_t>(score + 0.0f);      // -0 becomes +0
-  return u >> 31 ? u : 0x7fffffffu - u;                       // positive: falling; negative: rising magnitude
+  const auto u = std::bit_cast<uint32_t>(score + 0.0f);  // -0 becomes +0
+  return u >> 31 ? u : 0x7fffffffu - u;                  // positive: falling; negative: rising magnitude
 }
 
 uint64_t rank_of(double score) {
@@ -35,10 +35,18 @@ uint64_t rank_of(double score) {
   return u >> 63 ? u : 0x7fffffffffffffffu - u;
 }
 
-Key32 key_of(float score, int32_t place) { return uint64_t{rank_of(score)} << 32 | static_cast<uint32_t>(place); }
-Key64 key_of(double score, int32_t place) { return {rank_of(score), place}; }
-int32_t place_of(Key32 key) { return static_cast<int32_t>(key & 0xffffffffu); }
-int32_t place_of(const Key64& key) { return key.second; }
+Key32 key_of(float score, int32_t place) {
+  return uint64_t{rank_of(score)} << 32 | static_cast<uint32_t>(place);
+}
+Key64 key_of(double score, int32_t place) {
+  return {rank_of(score), place};
+}
+int32_t place_of(Key32 key) {
+  return static_cast<int32_t>(key & 0xffffffffu);
+}
+int32_t place_of(const Key64& key) {
+  return key.second;
+}
 
 struct Selection {
   const int32_t *cu, *rows, *keep_counts;  // rows and keep_counts may be null
@@ -72,9 +80,7 @@ template <typename S>
 void select_image(const Selection& s, const S* scores, int64_t b) {
   using Key = decltype(key_of(S{}, 0));
   const int64_t first = s.cu[b], length = s.length(b), prefix = s.prefix(b);
-  const auto row = [&](int64_t place) {
-    return s.rows ? s.rows[first + place] : static_cast<int32_t>(first + place);
-  };
+  const auto row = [&](int64_t place) { return s.rows ? s.rows[first + place] : static_cast<int32_t>(first + place); };
   int32_t* out = s.out + s.out_cu[b];
   int32_t* dropped = s.dropped ? s.dropped + s.dropped_cu[b] : nullptr;
   for (int64_t i = 0; i < prefix; ++i) *out++ = row(i);
@@ -232,4 +238,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
       "int dropped_capacity) -> (Tensor rows, Tensor cu_seqlens, Tensor dropped_rows, Tensor dropped_cu_seqlens)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) { m.impl("token_select", TORCH_BOX(&mtvit_ops::token_select)); }
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
+  m.impl("token_select", TORCH_BOX(&mtvit_ops::token_select));
+}

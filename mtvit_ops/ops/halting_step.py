@@ -174,6 +174,8 @@ HALTING_STEP = register_op(
     reference=reference.halting_step,
     fake=_fake,
     value_checks=_value_checks,
+    native=True,
+    refuses=lambda x, *_: "the native kernel takes no float64" if x.dtype == torch.float64 else None,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -200,3 +200,39 @@ def assert_matches_formula(
     for name, value in inputs.items():
         if value is not None:
             assert_equal(f"{name} after the call", value, before[name])  # type: ignore[arg-type]
+
+
+# token selection, once more, on lists
+
+
+def select_model(
+    lengths: Sequence[int],
+    scores: Sequence[float] | None,
+    rows: Sequence[int] | None,
+    *,
+    keep: int | Sequence[int] | None = None,
+    threshold: float | None = None,
+    mask: Sequence[bool] | None = None,
+    num_prefix_tokens: int = 0,
+    by_score: bool = False,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """What ``token_select`` keeps and drops in each image, by sorting Python lists."""
+    kept, dropped = [], []
+    for image, span in enumerate(spans(lengths)):
+        head = list(range(span.start, span.stop))[:num_prefix_tokens]
+        tail = list(range(span.start, span.stop))[num_prefix_tokens:]
+        ranked = tail
+        if scores is not None:  # sorted() is stable: equal scores stay in the order they stand in
+            ranked = sorted(tail, key=lambda entry: (math.isnan(scores[entry]), -scores[entry]))
+        if mask is not None:
+            chosen = [entry for entry in ranked if mask[entry]]
+        elif threshold is not None:
+            chosen = [entry for entry in ranked if scores[entry] > threshold]  # type: ignore[index]
+        else:
+            count = keep if isinstance(keep, int) else keep[image]  # type: ignore[index]
+            chosen = ranked[: max(0, count - len(head))]
+        rest = [entry for entry in ranked if entry not in chosen]
+        for lists, entries in ((kept, head + chosen), (dropped, rest)):
+            entries = entries if by_score else sorted(entries)
+            lists.append([entry if rows is None else rows[entry] for entry in entries])
+    return kept, dropped

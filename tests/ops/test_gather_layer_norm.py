@@ -30,7 +30,7 @@ CASES = {
     "all-rows": Case(5),
     "keep-all": Case(5, live=5),
     "half": Case(8, live=4),
-    "ViT-S": Case(197, live=120, dim=384),
+    "ViT-S": Case(80, live=50, dim=384),
     # no vector width divides them
     "D=1": Case(6, live=3, dim=1),
     "D=7": Case(6, live=3, dim=7),

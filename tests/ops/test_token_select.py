@@ -137,12 +137,13 @@ def test_matches_the_model(case: Case, order: str, backend: str, device: str, dt
         wanted = torch.tensor(listed + [-1] * (length - len(listed)), dtype=torch.int32, device=device)
         assert_equal(f"{name} rows", found_rows, wanted)
         assert_equal(f"{name} offsets", found_offsets, offsets([len(image) for image in images_rows], device))
-    for name, first, second in zip(got._fields, got, again):
+    for name, first, second in zip(got._fields, got, again, strict=True):
         assert_equal(f"{name}, run again", second, first)
     assert_equal("rows without the dropped list", alone.rows, got.rows)
     assert_equal("offsets without the dropped list", alone.cu_seqlens, got.cu_seqlens)
-    assert alone.dropped_rows is None and alone.dropped_cu_seqlens is None
-    for value, copy in zip(given, before):
+    assert alone.dropped_rows is None
+    assert alone.dropped_cu_seqlens is None
+    for value, copy in zip(given, before, strict=True):
         assert_equal("an argument after the call", value, copy)
 
 

@@ -13,7 +13,7 @@ import pytest
 # small ops on shared cores: threads that spin while they wait take the time of those that work
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("mtvit_ops") is None:  # nothing installed, and not started as `python -m pytest`

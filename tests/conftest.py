@@ -48,11 +48,6 @@ def _allow_cuda_torchvision() -> None:
 _allow_cuda_torchvision()
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # an op's tests carry its name in several folders, and no test may put the root back on the path
-    config.option.importmode = "importlib"
-
-
 def _refusal(name: str, device: str) -> str | None:
     """Why a backend cannot run there, or None."""
     found = _backend.available_backends()[name]

@@ -194,9 +194,9 @@ def assert_matches_formula(
             raise AssertionError(f"gradient of {name}: expected its dtype, got {grad.dtype}")
         assert_equal(f"gradient of {name}, run again", again_grads[name], grad)
         assert_close_to_float64(f"gradient of {name}", grad, truth_grads[name], plain_grads[name])
-    for name, value in inputs.items():
-        if value is not None:
-            assert_equal(f"{name} after the call", value, before[name])  # type: ignore[arg-type]
+    for name, given in inputs.items():
+        if given is not None:
+            assert_equal(f"{name} after the call", given, before[name])  # type: ignore[arg-type]
 
 
 # token selection, once more, on lists
@@ -214,7 +214,8 @@ def select_model(
     by_score: bool = False,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """What ``token_select`` keeps and drops in each image, by sorting Python lists."""
-    kept, dropped = [], []
+    kept: list[list[int]] = []
+    dropped: list[list[int]] = []
     for image, span in enumerate(spans(lengths)):
         head = list(range(span.start, span.stop))[:num_prefix_tokens]
         tail = list(range(span.start, span.stop))[num_prefix_tokens:]

@@ -131,7 +131,7 @@ def test_files_stay_small() -> None:
 
 
 def logic(source: str, cure: bool) -> list[str]:
-    """What an ``__init__.py`` holds beyond docstring, imports and ``__all__``; ``cure`` allows an ``if`` on the path."""
+    """What an ``__init__.py`` holds beyond docstring, imports and ``__all__``; ``cure`` allows one ``if``."""
     found = []
     for node in ast.parse(source).body:
         if isinstance(node, ast.Import | ast.ImportFrom):

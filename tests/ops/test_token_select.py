@@ -57,6 +57,8 @@ CASES = {
     "counts-capacity": Case(((1.0, 3.0, 2.0), (1.0, 2.0)), keep=(1, 2), capacity=3),
     "counts-spare-capacity": Case(((1.0, 3.0),), keep=(1,), capacity=7),
     "threshold": Case(((0.25, 0.5, 0.75), (1.0, 0.0)), threshold=0.5),
+    # no float holds 0.3: the threshold is rounded to the scores' dtype, as PyTorch does, and not exceeded
+    "threshold-rounds": Case(((0.3, 0.31, 0.29),), threshold=0.3),
     "threshold-none-kept": Case(((1.0, 2.0), (3.0,)), threshold=8.0),
     "threshold-prefix": Case(((0.0, 0.5, 0.75), (0.0,), ()), threshold=0.5, prefix=1),
     "threshold-capacity": Case(((1.0, 0.0, 1.0), (0.0,)), threshold=0.5, capacity=2),
@@ -121,7 +123,7 @@ def test_matches_the_model(case: Case, order: str, backend: str, device: str, dt
         None if scores is None else scores.tolist(),
         None if rows is None else rows.tolist(),
         keep=case.keep,
-        threshold=case.threshold,
+        threshold=None if case.threshold is None else torch.tensor(case.threshold, dtype=dtype).item(),
         mask=None if mask is None else mask.tolist(),
         num_prefix_tokens=case.prefix,
         by_score=order == "score",

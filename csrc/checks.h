@@ -100,12 +100,14 @@ inline int64_t check_cu_seqlens(const char* name, const int32_t* cu, int64_t bat
   return longest;
 }
 
-// rows: (count,), each -1 (a dead entry) or a row of the `num_rows` there are.
-inline void check_rows(const int32_t* rows, int64_t count, int64_t num_rows) {
+// rows: (count,), each -1 (a dead entry, unless `lowest` is 0) or a row of the `num_rows` there are.
+inline void check_rows(const int32_t* rows, int64_t count, int64_t num_rows, const char* name = "rows",
+                       int lowest = -1) {
   bool good = true;
-  for (int64_t i = 0; i < count; ++i) good &= rows[i] >= -1 && rows[i] < num_rows;
+  for (int64_t i = 0; i < count; ++i) good &= rows[i] >= lowest && rows[i] < num_rows;
   for (int64_t i = 0; !good && i < count; ++i) {
-    MTVIT_CHECK_VALUE(rows[i] >= -1 && rows[i] < num_rows, "rows must lie in [-1, ", num_rows, "), got ", rows[i]);
+    MTVIT_CHECK_VALUE(rows[i] >= lowest && rows[i] < num_rows, name, " must lie in [", lowest, ", ", num_rows,
+                      "), got ", rows[i]);
   }
 }
 

@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> halti
     list = int32_vector("rows", *rows);
     check_rows(data<int32_t>(list), list.size(0), num_rows);
   }
-  check_rows(data<int32_t>(readout), num_readout, num_rows);
+  check_rows(data<int32_t>(readout), num_readout, num_rows, "readout_rows", 0);
   const int64_t count = rows ? list.size(0) : num_rows;
   const auto* offsets = data<int32_t>(cu);
   check_cu_seqlens("cu_seqlens", offsets, batch, count);

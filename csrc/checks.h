@@ -117,9 +117,9 @@ inline Tensor as_float32(const char* name, const Tensor& t) {
   return torch::stable::contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 
-// Rows that make a thread's least share: some 16 thousand numbers, a few microseconds.
+// Rows that make a thread's least share: some 32 thousand numbers, a few microseconds.
 inline int64_t row_grain(int64_t columns) {
-  return std::max<int64_t>(16384 / std::max<int64_t>(columns, 1), 1);
+  return std::max<int64_t>(32768 / std::max<int64_t>(columns, 1), 1);
 }
 
 }  // namespace mtvit_ops

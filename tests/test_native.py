@@ -65,7 +65,7 @@ def attention(q, k, v, lengths_q, lengths_k, scale, bias, scores):
 
 
 def check_attention(q, k, v, lengths_q, lengths_k, bias=None, scores=0, scale=None):
-    scale = q.shape[2] ** -0.5 if scale is None else scale
+    scale = max(q.shape[2], 1) ** -0.5 if scale is None else scale
     cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
     got = native.varlen_attention(
         q, k, v, cu_q, cu_k, max(lengths_q, default=0), max(lengths_k, default=0), scale, bias, scores
@@ -93,6 +93,9 @@ ATTENTION_CASES = {  # (query lengths, key lengths, heads, d, dv)
     "d=1": ([7], [7], 1, 1, 1),
     "wide-dv": ([19], [21], 2, 20, 70),
     "narrow-dv": ([19], [21], 2, 70, 3),
+    "d=0": ([5], [7], 2, 0, 3),
+    "dv=0": ([5], [7], 2, 3, 0),
+    "no-heads": ([5], [7], 0, 3, 3),
     "d=256": ([18], [34], 1, 256, 256),
     "d=300": ([5], [17], 1, 300, 260),
     "whole-vectors": ([48, 16], [64, 32], 2, 32, 16),

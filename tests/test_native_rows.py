@@ -268,6 +268,9 @@ SHAPE_ERRORS = {
     "y must have shape (4, 3), got (2, 3)": lambda: native.scatter_residual_(
         torch.ones(4, 3), None, torch.ones(2, 3), None
     ),
+    "rows of x must not overlap": lambda: native.scatter_residual_(
+        torch.ones(3).expand(4, 3), None, torch.ones(4, 3), None
+    ),
     "y must have x's dtype": lambda: native.scatter_residual_(torch.ones(4, 3), None, torch.ones(4, 3).half(), None),
     "scale must have shape (3,) or (4, 1), got (4,)": lambda: native.scatter_residual_(
         torch.ones(4, 3), None, torch.ones(4, 3), torch.ones(4)

@@ -69,6 +69,7 @@ struct Kernels {
   void (*attention)(const AttentionTask&);
   void (*layer_norm)(const LayerNormTask&, int64_t begin, int64_t end);
   void (*scatter_residual)(const ScatterTask&, int64_t begin, int64_t end);
+  void (*to_float32)(Dtype, const void* x, float* out, int64_t n);
   void (*exp2)(const float* x, float* out, int64_t n);
 };
 

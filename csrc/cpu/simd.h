@@ -152,14 +152,14 @@ MTVIT_INLINE Vec zip(Vec a, Vec b) {
 #define MTVIT_SHUFFLE(...) __builtin_shuffle(a, b, IVec{__VA_ARGS__})
 #endif
   constexpr int o = HALF * W / 2;
-  if constexpr (W == 16) {
-    return MTVIT_SHUFFLE(o, o + 16, o + 1, o + 17, o + 2, o + 18, o + 3, o + 19, o + 4, o + 20, o + 5, o + 21, o + 6,
-                         o + 22, o + 7, o + 23);
-  } else if constexpr (W == 8) {
-    return MTVIT_SHUFFLE(o, o + 8, o + 1, o + 9, o + 2, o + 10, o + 3, o + 11);
-  } else {
-    return MTVIT_SHUFFLE(o, o + 4, o + 1, o + 5);
-  }
+#if defined(MTVIT_OPS_ISA_avx512)
+  return MTVIT_SHUFFLE(o, o + 16, o + 1, o + 17, o + 2, o + 18, o + 3, o + 19, o + 4, o + 20, o + 5, o + 21, o + 6,
+                       o + 22, o + 7, o + 23);
+#elif defined(MTVIT_OPS_ISA_avx2)
+  return MTVIT_SHUFFLE(o, o + 8, o + 1, o + 9, o + 2, o + 10, o + 3, o + 11);
+#else
+  return MTVIT_SHUFFLE(o, o + 4, o + 1, o + 5);
+#endif
 #undef MTVIT_SHUFFLE
 }
 

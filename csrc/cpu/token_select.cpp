@@ -75,6 +75,16 @@ int64_t count_kept(const Selection& s, const S* scores, int64_t b) {
   return kept;
 }
 
+template <typename S>
+auto keys_of(const Selection& s, const S* scores, int64_t b) {
+  std::vector<decltype(key_of(S{}, 0))> keys;
+  keys.reserve(static_cast<size_t>(s.length(b)));
+  for (int64_t i = s.prefix(b); i < s.length(b); ++i) {
+    keys.push_back(key_of(scores[s.cu[b] + i], static_cast<int32_t>(i)));
+  }
+  return keys;
+}
+
 // Writes the rows of image b's entries: prefix, then kept, and dropped apart.
 template <typename S>
 void select_image(const Selection& s, const S* scores, int64_t b) {
@@ -85,39 +95,39 @@ void select_image(const Selection& s, const S* scores, int64_t b) {
   int32_t* dropped = s.dropped ? s.dropped + s.dropped_cu[b] : nullptr;
   for (int64_t i = 0; i < prefix; ++i) *out++ = row(i);
 
-  std::vector<bool> kept(static_cast<size_t>(length), false);
-  std::vector<Key> keys;
-  size_t num_kept = 0;  // behind the prefix
-  if (s.ranked || (s.by_score && scores)) {
-    keys.reserve(static_cast<size_t>(length - prefix));
-    for (int64_t i = prefix; i < length; ++i) keys.push_back(key_of(scores[first + i], static_cast<int32_t>(i)));
+  if (s.by_score && scores) {
+    std::vector<Key> keys = keys_of(s, scores, b);
+    auto middle = keys.begin();
     if (s.ranked) {
-      num_kept = static_cast<size_t>(s.wanted(b) - prefix);
-      if (num_kept < keys.size()) std::nth_element(keys.begin(), keys.begin() + num_kept, keys.end());
+      middle += s.wanted(b) - prefix;
+      if (middle != keys.end()) std::nth_element(keys.begin(), middle, keys.end());
     } else {
       const auto stays = [&](const Key& key) { return s.stays(scores, first + place_of(key)); };
-      num_kept = static_cast<size_t>(std::partition(keys.begin(), keys.end(), stays) - keys.begin());
+      middle = std::partition(keys.begin(), keys.end(), stays);
     }
-  }
-  if (s.by_score && scores) {
-    std::sort(keys.begin(), keys.begin() + num_kept);
-    for (size_t i = 0; i < num_kept; ++i) *out++ = row(place_of(keys[i]));
+    std::sort(keys.begin(), middle);
+    for (auto key = keys.begin(); key != middle; ++key) *out++ = row(place_of(*key));
     if (!dropped) return;
-    std::sort(keys.begin() + num_kept, keys.end());
-    for (size_t i = num_kept; i < keys.size(); ++i) *dropped++ = row(place_of(keys[i]));
+    std::sort(middle, keys.end());
+    for (auto key = middle; key != keys.end(); ++key) *dropped++ = row(place_of(*key));
     return;
   }
-  if (s.ranked) {
-    for (size_t i = 0; i < num_kept; ++i) kept[place_of(keys[i])] = true;
-  } else {
-    for (int64_t i = prefix; i < length; ++i) kept[i] = s.stays(scores, first + i);
-  }
-  for (int64_t i = prefix; i < length; ++i) {
-    if (kept[i]) {
-      *out++ = row(i);
+  const auto write = [&](int64_t place, bool kept) {
+    if (kept) {
+      *out++ = row(place);
     } else if (dropped) {
-      *dropped++ = row(i);
+      *dropped++ = row(place);
     }
+  };
+  const int64_t wanted = s.wanted(b) - prefix;  // of a count
+  if (s.ranked && wanted > 0 && wanted < length - prefix) {
+    const std::vector<Key> keys = keys_of(s, scores, b);
+    std::vector<Key> ranked = keys;
+    std::nth_element(ranked.begin(), ranked.begin() + (wanted - 1), ranked.end());
+    const Key worst = ranked[wanted - 1];  // keys differ, so exactly `wanted` are not behind it
+    for (int64_t i = prefix; i < length; ++i) write(i, keys[i - prefix] <= worst);
+  } else {
+    for (int64_t i = prefix; i < length; ++i) write(i, s.ranked ? wanted > 0 : s.stays(scores, first + i));
   }
 }
 

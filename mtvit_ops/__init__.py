@@ -9,7 +9,7 @@ from .calibrate import Calibration, calibrate
 from .checkpoints import LoadReport, load_checkpoint
 from .flops import MacCount, count_macs
 from .models import create_method, create_model, list_models
-from .nn import Method, Trace, VisionTransformer, ViTConfig
+from .nn import Method, Trace, VisionTransformer, ViTConfig, pack_weights, unpack_weights
 from .ragged import RaggedTokens
 
 # a checkout keeps the Triton kernels beside the package, an installed wheel inside it: find both
@@ -35,5 +35,7 @@ __all__ = [
     "has_extension",
     "list_models",
     "load_checkpoint",
+    "pack_weights",
+    "unpack_weights",
     "use_backend",
 ]

@@ -3,10 +3,24 @@
 from .attention import Attention
 from .block import Block
 from .method import Method
+from .linear import PackedLinear, pack_weights, unpack_weights
 from .masked import masked_twin
 from .mlp import Mlp
 from .patch_embed import PatchEmbed
 from .trace import Trace
 from .vision_transformer import VisionTransformer, ViTConfig
 
-__all__ = ["Attention", "Block", "Method", "Mlp", "PatchEmbed", "Trace", "ViTConfig", "VisionTransformer", "masked_twin"]
+__all__ = [
+    "Attention",
+    "Block",
+    "Method",
+    "Mlp",
+    "PackedLinear",
+    "PatchEmbed",
+    "Trace",
+    "ViTConfig",
+    "VisionTransformer",
+    "masked_twin",
+    "pack_weights",
+    "unpack_weights",
+]

@@ -1,4 +1,4 @@
-"""Linear layers through the fastest kernel PyTorch itself has for them."""
+"""Linear layers through the fastest kernel PyTorch itself has for them, with weights packed once on request."""
 
 from __future__ import annotations
 
@@ -11,38 +11,99 @@ from torch.nn import functional as F
 from .. import _backend
 
 
-def linear(x: Tensor, layer: nn.Linear, *, gelu: bool = False) -> Tensor:
+def linear(x: Tensor, layer: nn.Module, *, gelu: bool = False) -> Tensor:
     """``layer(x)``, with an exact (erf) GELU behind it on request.
 
-    For inference on the CPU this goes to PyTorch's oneDNN kernel, which takes bias and GELU along in one pass: in
-    float32 it is twice as fast as the BLAS behind ``F.linear`` on CPUs that MKL does not favour, nowhere slower.
+    For inference on the CPU this goes to PyTorch's oneDNN kernel, which takes bias and GELU along in one pass and, in
+    float32, does not depend on the BLAS behind ``F.linear``.
 
     Args:
         x: tokens, (T, in_features), any float dtype.
-        layer: a plain ``nn.Linear``; its hooks are not run.
+        layer: an ``nn.Linear`` or a ``PackedLinear``; anything else is called as it is.
         gelu: apply the activation.
 
     Returns:
         (T, out_features), dtype of ``x``.
 
-    Gradients flow wherever they are needed: PyTorch's own layers serve then.
+    Gradients flow wherever they are needed: PyTorch's own layers serve then. Hooks of an ``nn.Linear`` are not run.
 
     Equivalent PyTorch: ``F.gelu(layer(x)) if gelu else layer(x)``.
     """
-    if _onednn_serves(x, layer):
+    # a subclass of layer or weight (quantised, say) knows better how to multiply
+    if type(layer) in (nn.Linear, PackedLinear) and type(layer.weight) is nn.Parameter and _onednn_serves(x, layer.weight):
+        weight = layer.packed_weight() if isinstance(layer, PackedLinear) else layer.weight
         activation = ("gelu", [], "none") if gelu else ("none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *activation)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, *activation)
     y = layer(x)
     return F.gelu(y) if gelu else y
 
 
-def _onednn_serves(x: Tensor, layer: nn.Linear) -> bool:
+class PackedLinear(nn.Module):
+    """An ``nn.Linear`` that also keeps its weight in the order in which the CPU's kernel reads it.
+
+    Shares weight and bias, under the same names, with the layer it is made from. A weight that was changed in place,
+    loaded, moved or cast is packed anew at the next use; changes through ``.data`` are not seen.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self._packed: tuple[object, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _onednn_serves(x, self.weight):
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed_weight(), self.bias, "none", [], "")
+
+    def packed_weight(self) -> Tensor:
+        """The weight as the kernel wants it."""
+        weight = self.weight
+        if weight.is_inference():  # has no version to tell whether it changed
+            return weight
+        key = (weight.data_ptr(), weight._version, weight.dtype)
+        if self._packed is None or self._packed[0] != key:
+            self._packed = key, torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        return self._packed[1]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def pack_weights(model: nn.Module) -> nn.Module:
+    """Make every ``nn.Linear`` of a model a ``PackedLinear``, in place: faster CPU inference, most at small batches.
+
+    Works on any model, ours or not. Parameters and state dict stay what they are; memory grows by the size of the linear
+    weights at the first inference. Training and other devices run as before.
+
+    Args:
+        model: any module; layers of a subclass of ``nn.Linear`` are left alone.
+
+    Returns:
+        The same model.
+    """
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child).train(child.training))
+    return model
+
+
+def unpack_weights(model: nn.Module) -> nn.Module:
+    """Undo ``pack_weights``, in place; returns the model."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is PackedLinear:
+                plain = nn.Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
+                plain.weight, plain.bias = child.weight, child.bias
+                setattr(parent, name, plain.train(child.training))
+    return model
+
+
+def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() == 0:
         return False
-    # a subclass of layer or weight (quantised, say) knows better how to multiply
-    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or layer.weight.dtype != x.dtype:
-        return False
-    if torch.is_autocast_enabled("cpu"):
+    if weight.dtype != x.dtype or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype in _onednn_dtypes() and _backend.preferred_backend() != "reference"
 

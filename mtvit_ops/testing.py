@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,10 +12,9 @@ from torch import Tensor
 
 # "no worse than plain PyTorch": the factor leaves room for a max over few elements, as in FlashAttention's own tests
 PLAIN_FACTOR = 2.0
-# half an ulp for rounding the result, the rest for sums of up to a few hundred terms taken in another order
-ULPS = 8
-# in float64 the truth is rounded as often as the result, and plain PyTorch, being the truth, earns nothing
-ULPS_FLOAT64 = 64
+# what no reordering can avoid, in units of the dtype's eps at the values' size: one rounding for the half dtypes, whose
+# sums are kept in float32; sums of a few hundred terms for float32; and for float64 those of the truth as well
+ULPS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 8, torch.float64: 64}
 
 Outputs = tuple[Tensor, ...]
 
@@ -38,7 +38,7 @@ def offsets(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tenso
 def spans(lengths: Sequence[int]) -> list[slice]:
     """Where each image lies among the packed tokens."""
     ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    return [slice(start, end) for start, end in zip(ends, ends[1:])]
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def random_tensor(
@@ -111,7 +111,7 @@ def assert_close_to_float64(name: str, got: Tensor, reference64: Tensor, plain: 
     if reference64.numel() == 0:
         return
     finite = reference64[reference64.isfinite()].double()
-    unit = (ULPS_FLOAT64 if got.dtype == torch.float64 else ULPS) * torch.finfo(got.dtype).eps
+    unit = ULPS[got.dtype] * torch.finfo(got.dtype).eps
     # below the smallest normal number of the dtype an ulp no longer shrinks with the value
     floor = torch.finfo(got.dtype).smallest_normal
     for kind, error, size in (

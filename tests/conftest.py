@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("mtvit_ops") is None:  # nothing installed, and not started as `python -m pytest`
     sys.path.insert(0, str(ROOT))
 
-import mtvit_ops  # noqa: E402, F401
+import mtvit_ops  # noqa: F401
 
 # the package is found by now; with the root on the path, kernels/ would hide Hugging Face's package of that name
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
-from mtvit_ops import _backend  # noqa: E402
+from mtvit_ops import _backend
 
 # where each backend can run; the CPU's interpreter would be one more place for Triton
 PLACES = (("reference", "cpu"), ("reference", "cuda"), ("cpp", "cpu"), ("triton", "cuda"), ("cuda", "cuda"))
@@ -48,6 +48,31 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.importmode = "importlib"
 
 
+def _refusal(name: str, device: str) -> str | None:
+    """Why a backend cannot run there, or None."""
+    found = _backend.available_backends()[name]
+    if not found.available:
+        return f"backend {name} cannot serve: {found.reason}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device on this machine"
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each test function says once why a place is missing, not once for every row of its table."""
+    said, kept, dropped = set(), [], []
+    for item in items:
+        where = getattr(item, "callspec", None) and item.callspec.params.get("place")
+        if where and _refusal(*where):
+            mark = item.path, item.originalname, where
+            (dropped if mark in said else kept).append(item)
+            said.add(mark)
+        else:
+            kept.append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -56,13 +81,10 @@ def _seed() -> None:
 @pytest.fixture(params=PLACES, ids="-".join)
 def place(request: pytest.FixtureRequest) -> tuple[str, str]:
     """A backend and the device it runs on."""
-    name, device = request.param
-    found = _backend.available_backends()[name]
-    if not found.available:
-        pytest.skip(f"backend {name} cannot serve: {found.reason}")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("PyTorch sees no CUDA device on this machine")
-    return name, device
+    reason = _refusal(*request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ def class_attention(
     keys, has_key = to_padded(k.to(wide), cu_seqlens, max_seqlen)  # (B, M, H, d)
     logits = torch.einsum("bhd,bkhd->bkh", q_class.to(wide), keys) * scale
     if key_bias is not None:
-        bias, _ = to_padded(key_bias.to(wide).reshape(k.shape[0], -1), cu_seqlens, max_seqlen)
+        bias = key_bias.to(wide) if key_bias.dim() == 2 else key_bias.to(wide)[:, None]
+        bias, _ = to_padded(bias, cu_seqlens, max_seqlen)  # (B, M, H or 1)
         logits = logits + bias
     logits = logits.masked_fill(~has_key[..., None], -torch.inf)
     lse = torch.logsumexp(logits, dim=1, keepdim=True)

@@ -26,13 +26,13 @@ def scatter_residual_(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor |
     step = y.to(wide) if scale is None else y.to(wide) * scale.to(wide)
     if rows is None:
         x.copy_(x.to(wide) + step)
-    elif x.shape[0] > 0:
-        # dead entries (-1) add zero to row 0, the rest hits every row at most once: the order cannot matter
+    elif x.device.type == "cpu":  # the CPU has nobody to wait for: it may look for dead entries
         live = rows >= 0
-        if x.device.type == "cpu" and bool(live.all()):  # the CPU has nobody to wait for
-            x.index_copy_(0, rows.long(), (x.index_select(0, rows).to(wide) + step).to(x.dtype))
-        else:
-            x.add_(put_rows(step, rows, x.shape[0]).to(x.dtype))
+        if not bool(live.all()):
+            rows, step = rows[live], step[live]
+        x.index_copy_(0, rows.long(), (x.index_select(0, rows).to(wide) + step).to(x.dtype))
+    else:
+        x.copy_(x.to(wide) + put_rows(step, rows, x.shape[0]))
 
 
 def scatter_residual_backward(
@@ -42,9 +42,12 @@ def scatter_residual_backward(
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # gradients of y and of scale (empty without one)
     wide = wide_dtype(y.dtype)
-    grad_step = (grad if rows is None else pick_rows(grad, rows)).to(wide)  # (T, D)
+    grad_step = (grad if rows is None else pick_rows(grad, rows)).to(wide)  # (T, D), zeros for dead entries
     if scale is None:
         return grad_step.to(y.dtype, copy=True), grad_step.new_zeros(0, dtype=y.dtype)  # an op may not return its input
     over = 0 if scale.dim() == 1 else 1
-    grad_scale = (grad_step * y.to(wide)).sum(dim=over, keepdim=over == 1)
-    return (grad_step * scale.to(wide)).to(y.dtype), grad_scale.to(scale.dtype)
+    grad_y, grad_product = grad_step * scale.to(wide), grad_step * y.to(wide)
+    if rows is not None:  # whatever stands in dead entries, NaN too, has no gradient
+        dead = rows[:, None] < 0
+        grad_y, grad_product = grad_y.masked_fill(dead, 0.0), grad_product.masked_fill(dead, 0.0)
+    return grad_y.to(y.dtype), grad_product.sum(dim=over, keepdim=over == 1).to(scale.dtype)

@@ -84,8 +84,8 @@ def _logits(
     keys, has_key = to_padded(k.to(wide), cu_seqlens_k, max_seqlen_k)
     logits = torch.einsum("bqhd,bkhd->bhqk", queries, keys) * scale
     if key_bias is not None:
-        bias = key_bias.to(wide).reshape(k.shape[0], -1).expand(-1, q.shape[1])
-        bias, _ = to_padded(bias, cu_seqlens_k, max_seqlen_k)  # (B, Mk, H)
+        bias = key_bias.to(wide) if key_bias.dim() == 2 else key_bias.to(wide)[:, None]
+        bias, _ = to_padded(bias, cu_seqlens_k, max_seqlen_k)  # (B, Mk, H or 1)
         logits = logits + bias.transpose(1, 2)[:, :, None]
     return logits.masked_fill(~has_key[:, None, None], -torch.inf), has_query
 

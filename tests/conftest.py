@@ -1,0 +1,108 @@
+"""Lets the suite run anywhere: import paths, CUDA-built wheels under CPU PyTorch, backends that say why they skip."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if importlib.util.find_spec("mtvit_ops") is None:  # nothing installed, and not started as `python -m pytest`
+    sys.path.insert(0, str(ROOT))
+
+import mtvit_ops  # noqa: F401
+
+# the package is found by now; with the root on the path, kernels/ would hide Hugging Face's package of that name
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+from mtvit_ops import _backend
+
+# where each backend can run; the CPU's interpreter would be one more place for Triton
+PLACES = (("reference", "cpu"), ("reference", "cuda"), ("cpp", "cpu"), ("triton", "cuda"), ("cuda", "cuda"))
+assert {name for name, _ in PLACES} == set(_backend.BACKENDS)
+
+# the shapes here are small: more threads cost more than they bring
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def _allow_cuda_torchvision() -> None:
+    """torchvision's CUDA build registers two fake kernels whose operators a CPU-only PyTorch cannot load."""
+    if torch.version.cuda is not None or "torchvision" in sys.modules:
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _allow_cuda_torchvision.keep = library  # type: ignore[attr-defined]
+
+
+_allow_cuda_torchvision()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # an op's tests carry its name in several folders, and no test may put the root back on the path
+    config.option.importmode = "importlib"
+
+
+def _refusal(name: str, device: str) -> str | None:
+    """Why a backend cannot run there, or None."""
+    found = _backend.available_backends()[name]
+    if not found.available:
+        return f"backend {name} cannot serve: {found.reason}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device on this machine"
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each test function says once why a place is missing, not once for every row of its table."""
+    said, kept, dropped = set(), [], []
+    for item in items:
+        where = getattr(item, "callspec", None) and item.callspec.params.get("place")
+        if where and _refusal(*where):
+            mark = item.path, item.originalname, where
+            (dropped if mark in said else kept).append(item)
+            said.add(mark)
+        else:
+            kept.append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=PLACES, ids="-".join)
+def place(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A backend and the device it runs on."""
+    reason = _refusal(*request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def backend(place: tuple[str, str]) -> Iterator[str]:
+    """The backend's name, in force during the test."""
+    with _backend.use_backend(place[0]):
+        yield place[0]
+
+
+@pytest.fixture
+def device(place: tuple[str, str]) -> str:
+    return place[1]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of recorded runs of the papers' own code, kept beside the repository."""
+    folder = ROOT.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"no recorded runs: there is no folder {folder}")
+    return folder

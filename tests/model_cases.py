@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtvit_ops
-from mtvit_ops.methods import AViT, MTViT
 from mtvit_ops import RaggedTokens
+from mtvit_ops.methods import AViT, MTViT
 from mtvit_ops.nn import Trace, VisionTransformer
 from mtvit_ops.testing import ULPS
 
@@ -51,9 +52,14 @@ DROPS_NOTHING: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def build(method: str, *, seed: int = 0, device: str = "cpu", **overrides: Any) -> VisionTransformer:
-    """A tiny model in evaluation mode with lively weights."""
+    """A tiny model in evaluation mode with lively weights; the caller's own."""
+    return copy.deepcopy(_built(method, seed, tuple(overrides.items()))).to(device)
+
+
+@cache  # drawing weights and resizing kernels takes longer than most tests
+def _built(method: str, seed: int, overrides: tuple[tuple[str, Any], ...]) -> VisionTransformer:
     torch.manual_seed(seed)
-    return lively(mtvit_ops.create_model(f"{method}_tiny_patch16_224", **(TINY | overrides))).to(device).eval()
+    return lively(mtvit_ops.create_model(f"{method}_tiny_patch16_224", **(TINY | dict(overrides)))).eval()
 
 
 def build_case(name: str, **more: Any) -> VisionTransformer:
@@ -111,6 +117,17 @@ def assert_rounding(got: Tensor, want: Tensor, depth: int = 6) -> None:
         allowed = 2 * depth * ULPS[want.dtype] * torch.finfo(want.dtype).eps * want.abs().max().item()
         found = (got - want).abs().max().item()
         assert found <= allowed, f"differs by {found:.3e}, rounding explains {allowed:.3e}"
+
+
+def permute_patches(model: VisionTransformer, images: Tensor, order: Tensor) -> tuple[VisionTransformer, Tensor]:
+    """The same problem with patch i where patch ``order[i]`` was: in the images, and in the table of positions."""
+    patch, grid = model.config.patch_size, model.config.grid_size
+    pieces = images.unflatten(2, (grid, patch)).unflatten(4, (grid, patch)).transpose(3, 4)  # (B, C, g, g, p, p)
+    pieces = pieces.flatten(2, 3)[:, :, order].unflatten(2, (grid, grid))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.pos_embed[:, 1:] = model.pos_embed[:, 1:][:, order]
+    return twin, pieces.transpose(3, 4).flatten(4, 5).flatten(2, 3)
 
 
 class Run(NamedTuple):

@@ -173,12 +173,12 @@ def test_life(name: str, golden: Path, backend: str, device: str) -> None:
             rows = result.outputs[layer].rows.reshape(batch, -1).cpu() - torch.arange(batch)[:, None] * outputs.shape[2]
             assert torch.equal(rows.long(), slots[layer])
             assert torch.equal(rows.long(), want["order"][:, : rows.shape[1]])
-            assert all(torch.equal(have, slot.sort().values) for have, slot in zip(kept, slots[layer]))
+            assert all(torch.equal(have, slot.sort().values) for have, slot in zip(kept, slots[layer], strict=True))
             got = outputs[layer].gather(1, slots[layer][..., None].expand(-1, -1, outputs.shape[-1]))
             assert_life(got, recorded[layer])
         else:
             mask = want["keep_mask"][layer - base]
-            assert all(torch.equal(have, row.nonzero()[:, 0]) for have, row in zip(kept, mask))
+            assert all(torch.equal(have, row.nonzero()[:, 0]) for have, row in zip(kept, mask, strict=True))
             assert_life(outputs[layer][mask], recorded[layer][mask])
 
 

@@ -17,9 +17,9 @@ from model_cases import (
 )
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mtvit_ops import create_method, create_model
-from mtvit_ops.flops import FlopCounterMode
 from mtvit_ops.methods import MTViTConfig
 from mtvit_ops.methods.mt_vit import choose_tail, tail_geometry, tail_macs
 from mtvit_ops.nn import VisionTransformer, ViTConfig

@@ -25,9 +25,10 @@ template <typename... Args>
 }
 
 // STD_TORCH_CHECK would put the source path in front of the words.
-#define MTVIT_CHECK(condition, ...)                              \
-  do {                                                           \
-    if (!(condition)) [[unlikely]] ::mtvit_ops::fail(__VA_ARGS__); \
+#define MTVIT_CHECK(condition, ...)   \
+  do {                                \
+    if (!(condition)) [[unlikely]]    \
+      ::mtvit_ops::fail(__VA_ARGS__); \
   } while (false)
 
 // Wrong values, which only the data shows; Python turns this prefix into a ValueError.
@@ -99,12 +100,14 @@ inline int64_t check_cu_seqlens(const char* name, const int32_t* cu, int64_t bat
   return longest;
 }
 
-// rows: (count,), each -1 (a dead entry) or a row of the `num_rows` there are.
-inline void check_rows(const int32_t* rows, int64_t count, int64_t num_rows) {
+// rows: (count,), each -1 (a dead entry, unless `lowest` is 0) or a row of the `num_rows` there are.
+inline void check_rows(const int32_t* rows, int64_t count, int64_t num_rows, const char* name = "rows",
+                       int lowest = -1) {
   bool good = true;
-  for (int64_t i = 0; i < count; ++i) good &= rows[i] >= -1 && rows[i] < num_rows;
+  for (int64_t i = 0; i < count; ++i) good &= rows[i] >= lowest && rows[i] < num_rows;
   for (int64_t i = 0; !good && i < count; ++i) {
-    MTVIT_CHECK_VALUE(rows[i] >= -1 && rows[i] < num_rows, "rows must lie in [-1, ", num_rows, "), got ", rows[i]);
+    MTVIT_CHECK_VALUE(rows[i] >= lowest && rows[i] < num_rows, name, " must lie in [", lowest, ", ", num_rows,
+                      "), got ", rows[i]);
   }
 }
 
@@ -114,7 +117,9 @@ inline Tensor as_float32(const char* name, const Tensor& t) {
   return torch::stable::contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 
-// Rows that make a thread's least share: some 16 thousand numbers, a few microseconds.
-inline int64_t row_grain(int64_t columns) { return std::max<int64_t>(16384 / std::max<int64_t>(columns, 1), 1); }
+// Rows that make a thread's least share: some 32 thousand numbers, a few microseconds.
+inline int64_t row_grain(int64_t columns) {
+  return std::max<int64_t>(32768 / std::max<int64_t>(columns, 1), 1);
+}
 
 }  // namespace mtvit_ops

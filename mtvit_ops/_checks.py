@@ -90,13 +90,13 @@ def check_offset_values(name: str, cu_seqlens: Tensor, num_tokens: int, max_seql
     return offsets
 
 
-def check_row_values(name: str, rows: Tensor, num_rows: int) -> None:
-    """Values of a row list on the CPU: -1 (dead entry) or a row that exists."""
+def check_row_values(name: str, rows: Tensor, num_rows: int, lowest: int = -1) -> None:
+    """Values of a row list on the CPU: -1 (dead entry, unless ``lowest`` is 0) or a row that exists."""
     if rows.numel() == 0:
         return
     low, high = int(rows.min()), int(rows.max())
-    if low < -1 or high >= num_rows:
-        raise ValueError(f"{name} must be in [-1, {num_rows}), got {low if low < -1 else high}")
+    if low < lowest or high >= num_rows:
+        raise ValueError(f"{name} must be in [{lowest}, {num_rows}), got {low if low < lowest else high}")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,11 @@ def _count(model: VisionTransformer, images: Tensor) -> tuple[float, list[float]
         for index in range(len(model.blocks))
     ]
     return sum(counts["Global"].values()) / 2, blocks
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def _onednn_linear_flops(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 @register_flop_formula(torch.ops.mtvit_ops.varlen_attention, get_raw=True)

@@ -136,29 +136,29 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def value_and_gradients(
-    function: Callable[..., Any], inputs: Mapping[str, Tensor | None], cotangents: Sequence[Tensor] | None = None
+    function: Callable[..., Any], inputs: Mapping[str, Tensor | None], seed: int = 0
 ) -> tuple[Outputs, dict[str, Tensor]]:
     """``function(**inputs)`` as a tuple, and the gradient of each floating-point input (zeros where unused).
 
-    Without ``cotangents`` there are no gradients. Strides and storage of the inputs are kept.
+    The gradients coming in depend on ``seed`` and the results' shapes only. Strides and storage of the inputs are kept.
     """
     leaves = {name: None if value is None else value.detach() for name, value in inputs.items()}
     wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.is_floating_point()}
-    if cotangents is not None:
-        for leaf in wanted.values():
-            leaf.requires_grad_()
+    for leaf in wanted.values():
+        leaf.requires_grad_()
     result = function(**leaves)
     outputs = (result,) if isinstance(result, Tensor) else tuple(result)
-    if cotangents is None:
-        return outputs, {}
-    pairs = [(out, grad.to(out)) for out, grad in zip(outputs, cotangents) if out.requires_grad]
-    if not pairs:
-        return outputs, {name: torch.zeros_like(leaf) for name, leaf in wanted.items()}
-    grads = torch.autograd.grad(
-        [out for out, _ in pairs], list(wanted.values()), [grad for _, grad in pairs], allow_unused=True
-    )
+    generator = torch.Generator().manual_seed(seed)
+    # in so few bits that every dtype holds the same numbers
+    cotangents = [torch.randn(out.shape, generator=generator).bfloat16() for out in outputs]
+    pairs = [(out, grad.to(out)) for out, grad in zip(outputs, cotangents, strict=True) if out.requires_grad]
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
+    if pairs:
+        roots, incoming = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(roots, list(wanted.values()), incoming, allow_unused=True)
     return tuple(out.detach() for out in outputs), {
-        name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in zip(wanted.items(), grads)
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(wanted.items(), grads, strict=True)
     }
 
 
@@ -167,25 +167,22 @@ def assert_matches_formula(
 ) -> None:
     """Values and gradients of ``op(**inputs)`` against a formula in float64, with the tolerance the formula earns.
 
-    The formula runs twice: on the inputs in float64 (the truth) and as they are (plain PyTorch). Integer results must be
-    equal. The op must give the same bits twice, and leave its inputs as they were.
+    The formula runs twice: on the inputs in float64 (the truth) and as they are (plain PyTorch). Integer results must
+    be equal. The op must give the same bits twice, and leave its inputs as they were.
     """
     before = {name: None if value is None else value.clone() for name, value in inputs.items()}
     doubled = {
         name: value.double() if value is not None and value.is_floating_point() else value
         for name, value in inputs.items()
     }
-    truth, _ = value_and_gradients(formula, doubled)
-    # drawn once, in few enough bits that every dtype holds the same numbers
-    cotangents = [torch.randn(value.shape).bfloat16().to(value.device) for value in truth]
-    truth, truth_grads = value_and_gradients(formula, doubled, cotangents)
-    plain, plain_grads = value_and_gradients(formula, inputs, cotangents)
-    got, got_grads = value_and_gradients(op, inputs, cotangents)
-    again, again_grads = value_and_gradients(op, inputs, cotangents)
+    truth, truth_grads = value_and_gradients(formula, doubled)
+    plain, plain_grads = value_and_gradients(formula, inputs)
+    got, got_grads = value_and_gradients(op, inputs)
+    again, again_grads = value_and_gradients(op, inputs)
 
     if len(got) != len(truth):
         raise AssertionError(f"expected {len(truth)} results, got {len(got)}")
-    for place, (value, second, want, loose) in enumerate(zip(got, again, truth, plain)):
+    for place, (value, second, want, loose) in enumerate(zip(got, again, truth, plain, strict=True)):
         name = f"result {place}"
         assert_equal(f"{name}, run again", second, value)
         if want.is_floating_point():
@@ -197,6 +194,43 @@ def assert_matches_formula(
             raise AssertionError(f"gradient of {name}: expected its dtype, got {grad.dtype}")
         assert_equal(f"gradient of {name}, run again", again_grads[name], grad)
         assert_close_to_float64(f"gradient of {name}", grad, truth_grads[name], plain_grads[name])
-    for name, value in inputs.items():
-        if value is not None:
-            assert_equal(f"{name} after the call", value, before[name])  # type: ignore[arg-type]
+    for name, given in inputs.items():
+        if given is not None:
+            assert_equal(f"{name} after the call", given, before[name])  # type: ignore[arg-type]
+
+
+# token selection, once more, on lists
+
+
+def select_model(
+    lengths: Sequence[int],
+    scores: Sequence[float] | None,
+    rows: Sequence[int] | None,
+    *,
+    keep: int | Sequence[int] | None = None,
+    threshold: float | None = None,
+    mask: Sequence[bool] | None = None,
+    num_prefix_tokens: int = 0,
+    by_score: bool = False,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """What ``token_select`` keeps and drops in each image, by sorting Python lists."""
+    kept: list[list[int]] = []
+    dropped: list[list[int]] = []
+    for image, span in enumerate(spans(lengths)):
+        head = list(range(span.start, span.stop))[:num_prefix_tokens]
+        tail = list(range(span.start, span.stop))[num_prefix_tokens:]
+        ranked = tail
+        if scores is not None:  # sorted() is stable: equal scores stay in the order they stand in
+            ranked = sorted(tail, key=lambda entry: (math.isnan(scores[entry]), -scores[entry]))
+        if mask is not None:
+            chosen = [entry for entry in ranked if mask[entry]]
+        elif threshold is not None:
+            chosen = [entry for entry in ranked if scores[entry] > threshold]  # type: ignore[index]
+        else:
+            count = keep if isinstance(keep, int) else keep[image]  # type: ignore[index]
+            chosen = ranked[: max(0, count - len(head))]
+        rest = [entry for entry in ranked if entry not in chosen]
+        for lists, entries in ((kept, head + chosen), (dropped, rest)):
+            entries = entries if by_score else sorted(entries)
+            lists.append([entry if rows is None else rows[entry] for entry in entries])
+    return kept, dropped

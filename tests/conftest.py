@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# small ops on shared cores: threads that spin while they wait take the time of those that work
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("mtvit_ops") is None:  # nothing installed, and not started as `python -m pytest`
     sys.path.insert(0, str(ROOT))
 
-import mtvit_ops  # noqa: F401
+import mtvit_ops  # noqa: E402, F401
 
 # the package is found by now; with the root on the path, kernels/ would hide Hugging Face's package of that name
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
-from mtvit_ops import _backend
+from mtvit_ops import _backend  # noqa: E402
 
 # where each backend can run; the CPU's interpreter would be one more place for Triton
 PLACES = (("reference", "cpu"), ("reference", "cuda"), ("cpp", "cpu"), ("triton", "cuda"), ("cuda", "cuda"))
@@ -41,11 +46,6 @@ def _allow_cuda_torchvision() -> None:
 
 
 _allow_cuda_torchvision()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # an op's tests carry its name in several folders, and no test may put the root back on the path
-    config.option.importmode = "importlib"
 
 
 def _refusal(name: str, device: str) -> str | None:

@@ -13,10 +13,10 @@ namespace {
 constexpr float kLog2E = 1.44269504f;
 constexpr double kLn2 = 0.693147180559945309;
 
-// c (MR, NV * W) = a (MR, depth) times a panel of b (depth, NV * W), all in registers.
+// c (MR, NV * W) = or += a (MR, depth) times a panel of b (depth, NV * W), all in registers.
 template <int MR, int NV>
 __attribute__((noinline)) void multiply_tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c,
-                                             int64_t ldc) {
+                                             int64_t ldc, bool add) {
   Vec acc[MR][NV] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec bk[NV];
@@ -33,25 +33,41 @@ __attribute__((noinline)) void multiply_tile(const float* a, int64_t lda, const 
 #pragma GCC unroll 12
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      float* to = c + i * ldc + j * W;
+      store(to, add ? acc[i][j] + load(to) : acc[i][j]);
+    }
   }
 }
 
 template <int NV, int MR = kRows>
 MTVIT_INLINE void multiply_rows(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c,
-                                int64_t ldc) {
+                                int64_t ldc, bool add) {
   if constexpr (MR > 1) {
-    if (rows < MR) return multiply_rows<NV, MR - 1>(rows, a, lda, b, depth, c, ldc);
+    if (rows < MR) return multiply_rows<NV, MR - 1>(rows, a, lda, b, depth, c, ldc, add);
   }
-  multiply_tile<MR, NV>(a, lda, b, depth, c, ldc);
+  multiply_tile<MR, NV>(a, lda, b, depth, c, ldc, add);
 }
 
-// c (rows, columns) = a (rows, depth) times b (depth, columns) in panels; columns is a multiple of W.
+// c (rows, columns) = a (rows, depth) times b (depth, columns) in panels; columns is a multiple of W. Long sums are
+// made of sums of kDepth products: rounding errors then grow with the number of parts, not with the depth.
 void multiply(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
               int64_t columns) {
-  int64_t j = 0;
-  for (; j + 2 * W <= columns; j += 2 * W) multiply_rows<2>(rows, a, lda, b + j * depth, depth, c + j, ldc);
-  if (j < columns) multiply_rows<1>(rows, a, lda, b + j * depth, depth, c + j, ldc);
+  constexpr int64_t kDepth = 256;
+  for (int64_t j = 0; j < columns; j += 2 * W) {
+    const bool wide = j + 2 * W <= columns;
+    const float* panel = b + j * depth;
+    int64_t k = 0;
+    do {
+      const int64_t part = depth - k < kDepth ? depth - k : kDepth;
+      if (wide) {
+        multiply_rows<2>(rows, a + k, lda, panel + k * 2 * W, part, c + j, ldc, k > 0);
+      } else {
+        multiply_rows<1>(rows, a + k, lda, panel + k * W, part, c + j, ldc, k > 0);
+      }
+      k += part;
+    } while (k < depth);
+  }
 }
 
 // k (nk, d) to panels of K^T: (d, panel width) each, zero past the last key.
@@ -153,8 +169,8 @@ void attention_blocks(const AttentionTask& t) {
   const int64_t blocks = num_blocks(t.nq);
   for (int64_t block = t.block_begin; block < t.block_end; ++block) {
     const int64_t end = (block + 1) * t.nq / blocks;
-    float* sums = t.block_sums ? t.block_sums + block * nk : nullptr;
-    if (sums) __builtin_memset(sums, 0, sizeof(float) * nk);
+    float* sums = t.block_sums ? t.block_sums + block * round_up(nk, kMaxWidth) : nullptr;
+    if (sums) __builtin_memset(sums, 0, sizeof(float) * columns);
     for (int64_t row = block * t.nq / blocks; row < end;) {
       // rows left, in as few tiles as there must be, all about as tall
       const int64_t left = end - row, rows = left / ((left + kRows - 1) / kRows);
@@ -172,12 +188,15 @@ void attention_blocks(const AttentionTask& t) {
         inverse[i] = total == 0.0f ? 0.0f : 1.0f / total;
         t.lse[(row + i) * t.lse_stride] =
             total == 0.0f ? -__builtin_inff() : float(double(top) * kLn2 + double(__builtin_logf(total)));
-        const float* p = logits + i * lds;
-        if (sums) {
-          for (int64_t j = 0; j < nk; ++j) sums[j] += p[j] * inverse[i];
-        }
-        if (t.class_row && row + i == 0) {
-          for (int64_t j = 0; j < nk; ++j) t.class_row[j * t.class_stride] = p[j] * inverse[i];
+      }
+      if (t.class_row && row == 0) {
+        for (int64_t j = 0; j < nk; ++j) t.class_row[j * t.class_stride] = logits[j] * inverse[0];
+      }
+      if (sums) {
+        for (int64_t j = 0; j < columns; j += W) {
+          Vec column = load(sums + j);
+          for (int64_t i = 0; i < rows; ++i) column += load(logits + i * lds + j) * inverse[i];
+          store(sums + j, column);
         }
       }
       multiply(rows, logits, lds, v_panels, nk, result, values, values);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../checks.h"
 
@@ -12,11 +13,17 @@
 namespace mtvit_ops {
 namespace {
 
-Tensor parameter(const char* name, const Tensor& t, const Tensor& x) {
+// A parameter as contiguous float32: the tensor's own memory, or `copy`. No PyTorch call, which would cost a small
+// layer norm as much as its rows.
+const float* parameter(const char* name, const Tensor& t, const Tensor& x, std::vector<float>& copy) {
   check_length(name, t, x.size(1));
   MTVIT_CHECK(t.scalar_type() == x.scalar_type() || t.scalar_type() == ScalarType::Float, name,
               " must be float32 or have x's dtype");
-  return as_float32(name, t);
+  MTVIT_CHECK(t.is_contiguous(), name, " must be contiguous");
+  if (t.scalar_type() == ScalarType::Float) return data<float>(t);
+  copy.resize(static_cast<size_t>(t.size(0)));
+  kernels().to_float32(check_dtype(name, t), t.data_ptr(), copy.data(), t.size(0));
+  return copy.data();
 }
 
 std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& x, std::optional<Tensor> rows, const Tensor& weight,
@@ -25,7 +32,9 @@ std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& x, std::optio
   const Dtype dtype = check_dtype("x", x);
   const int64_t d = x.size(1);
   MTVIT_CHECK(d <= 1 || x.stride(1) == 1, "x must be contiguous in its last dimension");
-  const Tensor w = parameter("weight", weight, x), b = parameter("bias", bias, x);
+  std::vector<float> weight_copy, bias_copy;
+  const float* weights = parameter("weight", weight, x, weight_copy);
+  const float* biases = parameter("bias", bias, x, bias_copy);
   Tensor list;
   if (rows) {
     list = int32_vector("rows", *rows);
@@ -39,8 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& x, std::optio
   t.dtype = dtype;
   t.x = x.data_ptr();
   t.rows = rows ? data<int32_t>(list) : nullptr;
-  t.weight = data<float>(w);
-  t.bias = data<float>(b);
+  t.weight = weights;
+  t.bias = biases;
   t.out = out.data_ptr();
   t.mean = mutable_data<float>(mean);
   t.rstd = mutable_data<float>(rstd);
@@ -48,7 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& x, std::optio
   t.x_stride = x.stride(0);
   t.eps = static_cast<float>(eps);
   const Kernels& native = kernels();
-  torch::stable::parallel_for(0, count, row_grain(d), [&](int64_t begin, int64_t end) { native.layer_norm(t, begin, end); });
+  torch::stable::parallel_for(0, count, row_grain(d),
+                              [&](int64_t begin, int64_t end) { native.layer_norm(t, begin, end); });
   return {out, mean, rstd};
 }
 

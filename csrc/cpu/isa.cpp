@@ -17,8 +17,8 @@ std::vector<const Kernels*> levels_of_this_cpu() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     levels.push_back(&kernels_avx2);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
       levels.push_back(&kernels_avx512);
     }
   }
@@ -38,7 +38,9 @@ const Kernels& choose() {
   fail("MTVIT_OPS_ISA must be one of ", offered, " on this CPU, got ", wanted);
 }
 
-std::string isa() { return kernels().name; }
+std::string isa() {
+  return kernels().name;
+}
 
 // The exponential of the attention kernels, for the test of its accuracy.
 Tensor exp2_of(const Tensor& x) {
@@ -64,6 +66,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
   m.def("_exp2(Tensor x) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&mtvit_ops::isa)); }
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&mtvit_ops::isa));
+}
 
-STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) { m.impl("_exp2", TORCH_BOX(&mtvit_ops::exp2_of)); }
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
+  m.impl("_exp2", TORCH_BOX(&mtvit_ops::exp2_of));
+}

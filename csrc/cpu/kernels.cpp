@@ -8,20 +8,36 @@
 namespace mtvit_ops {
 namespace {
 
-// The member of a family of kernels that is made for the task's dtype.
-#define MTVIT_BY_DTYPE(kernel, ...)                         \
-  do {                                                      \
-    if (t.dtype == Dtype::f32) return kernel<F32>(__VA_ARGS__);   \
-    if (t.dtype == Dtype::bf16) return kernel<BF16>(__VA_ARGS__); \
-    return kernel<F16>(__VA_ARGS__);                        \
+// The member of a family of kernels that is made for a dtype.
+#define MTVIT_BY_DTYPE(dtype, kernel, ...)                      \
+  do {                                                          \
+    if (dtype == Dtype::f32) return kernel<F32>(__VA_ARGS__);   \
+    if (dtype == Dtype::bf16) return kernel<BF16>(__VA_ARGS__); \
+    return kernel<F16>(__VA_ARGS__);                            \
   } while (false)
 
-void attention(const AttentionTask& t) { MTVIT_BY_DTYPE(attention_blocks, t); }
+void attention(const AttentionTask& t) {
+  MTVIT_BY_DTYPE(t.dtype, attention_blocks, t);
+}
 
-void layer_norm(const LayerNormTask& t, int64_t begin, int64_t end) { MTVIT_BY_DTYPE(layer_norm_rows, t, begin, end); }
+void layer_norm(const LayerNormTask& t, int64_t begin, int64_t end) {
+  MTVIT_BY_DTYPE(t.dtype, layer_norm_rows, t, begin, end);
+}
 
 void scatter_residual(const ScatterTask& t, int64_t begin, int64_t end) {
-  MTVIT_BY_DTYPE(scatter_residual_rows, t, begin, end);
+  MTVIT_BY_DTYPE(t.dtype, scatter_residual_rows, t, begin, end);
+}
+
+template <typename E>
+void to_float32_array(const void* x, float* out, int64_t n) {
+  const auto* from = static_cast<const typename E::T*>(x);
+  const int64_t full = n / W * W;
+  for (int64_t i = 0; i < full; i += W) store(out + i, E::load(from + i));
+  if (full < n) store_part<F32>(out + full, load_part<E>(from + full, n - full), n - full);
+}
+
+void to_float32(Dtype dtype, const void* x, float* out, int64_t n) {
+  MTVIT_BY_DTYPE(dtype, to_float32_array, x, out, n);
 }
 
 void exp2_array(const float* x, float* out, int64_t n) {
@@ -33,11 +49,11 @@ void exp2_array(const float* x, float* out, int64_t n) {
 }  // namespace
 
 #if defined(MTVIT_OPS_ISA_avx512)
-const Kernels kernels_avx512{"avx512", attention, layer_norm, scatter_residual, exp2_array};
+const Kernels kernels_avx512{"avx512", attention, layer_norm, scatter_residual, to_float32, exp2_array};
 #elif defined(MTVIT_OPS_ISA_avx2)
-const Kernels kernels_avx2{"avx2", attention, layer_norm, scatter_residual, exp2_array};
+const Kernels kernels_avx2{"avx2", attention, layer_norm, scatter_residual, to_float32, exp2_array};
 #else
-const Kernels kernels_portable{"portable", attention, layer_norm, scatter_residual, exp2_array};
+const Kernels kernels_portable{"portable", attention, layer_norm, scatter_residual, to_float32, exp2_array};
 #endif
 
 }  // namespace mtvit_ops

@@ -11,7 +11,9 @@ enum class Dtype : int { f32, bf16, f16 };
 inline constexpr int64_t kMaxWidth = 16;  // floats in the widest vector
 inline constexpr int64_t kMaxRows = 12;   // query rows of the tallest tile
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // Queries are taken in blocks of about this many rows; column sums are kept per block, so that their order of
 // addition depends on the lengths alone.
@@ -28,7 +30,7 @@ struct AttentionTask {
   float* lse;             // (nq,)
   const float* bias;      // (nk,) or null
   float* class_row;       // (nk,): probabilities of the first query, or null
-  float* block_sums;      // (blocks, nk): column sums of the probabilities of each block, or null
+  float* block_sums;      // (blocks, round_up(nk, kMaxWidth)): column sums of each block's probabilities, or null
   float* scratch;         // scratch_floats(nk, d, dv) floats, 64-byte aligned
   int64_t q_stride, k_stride, v_stride, out_stride, lse_stride, bias_stride, class_stride;
   int64_t nq, nk, d, dv;  // nq > 0 and nk > 0
@@ -44,8 +46,8 @@ constexpr int64_t scratch_floats(int64_t nk, int64_t d, int64_t dv) {
 
 struct LayerNormTask {
   Dtype dtype;
-  const void* x;        // (R, d), row stride x_stride
-  const int32_t* rows;  // (T,) or null: row i
+  const void* x;               // (R, d), row stride x_stride
+  const int32_t* rows;         // (T,) or null: row i
   const float *weight, *bias;  // (d,)
   void* out;                   // (T, d)
   float *mean, *rstd;          // (T,)
@@ -55,9 +57,9 @@ struct LayerNormTask {
 
 struct ScatterTask {
   Dtype dtype;
-  void* x;              // (R, d), row stride x_stride
-  const int32_t* rows;  // (T,) or null: row i
-  const void* y;        // (T, d), row stride y_stride
+  void* x;                                // (R, d), row stride x_stride
+  const int32_t* rows;                    // (T,) or null: row i
+  const void* y;                          // (T, d), row stride y_stride
   const float *column_scale, *row_scale;  // (d,), (T,); null: 1
   int64_t d, x_stride, y_stride;
 };
@@ -67,6 +69,7 @@ struct Kernels {
   void (*attention)(const AttentionTask&);
   void (*layer_norm)(const LayerNormTask&, int64_t begin, int64_t end);
   void (*scatter_residual)(const ScatterTask&, int64_t begin, int64_t end);
+  void (*to_float32)(Dtype, const void* x, float* out, int64_t n);
   void (*exp2)(const float* x, float* out, int64_t n);
 };
 

@@ -6,14 +6,30 @@
 namespace mtvit_ops {
 namespace {
 
+// Sum of f(vector of x, lanes that hold one of its d elements), in four chains: one would wait for every addition.
+template <typename E, typename F>
+MTVIT_INLINE Vec sum_over(const typename E::T* x, int64_t d, F f) {
+  const IVec all = IVec{} - 1;
+  Vec chain[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * W <= d; j += 4 * W) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) chain[i] += f(E::load(x + j + i * W), all);
+  }
+  for (; j + W <= d; j += W) chain[0] += f(E::load(x + j), all);
+  if (j < d) {
+    IVec lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    chain[1] += f(load_part<E>(x + j, d - j), lane < IVec{} + int32_t(d - j));
+  }
+  return (chain[0] + chain[1]) + (chain[2] + chain[3]);
+}
+
 template <typename E>
 void layer_norm_rows(const LayerNormTask& t, int64_t begin, int64_t end) {
   using T = typename E::T;
   const int64_t d = t.d, full = d / W * W, rest = d - full;
   const Vec zero{};
-  IVec lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  const IVec in_row = lane < IVec{} + int32_t(rest);
   for (int64_t i = begin; i < end; ++i) {
     T* out = static_cast<T*>(t.out) + i * d;
     const int64_t row = t.rows ? t.rows[i] : i;
@@ -24,20 +40,12 @@ void layer_norm_rows(const LayerNormTask& t, int64_t begin, int64_t end) {
     }
     const T* x = static_cast<const T*>(t.x) + row * t.x_stride;
     // statistics in float32 whatever the dtype, in two passes: no cancellation; the row stays in the L1 cache
-    Vec total{};
-    for (int64_t j = 0; j < full; j += W) total += E::load(x + j);
-    if (rest) total += load_part<E>(x + full, rest);
-    const float mean = sum(total) / float(d);
-    Vec squares{};
-    for (int64_t j = 0; j < full; j += W) {
-      const Vec off = E::load(x + j) - mean;
-      squares += off * off;
-    }
-    if (rest) {
-      const Vec off = in_row ? load_part<E>(x + full, rest) - mean : zero;
-      squares += off * off;
-    }
-    const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / float(d) + t.eps);
+    const float mean = sum(sum_over<E>(x, d, [](Vec value, IVec) { return value; })) / float(d);
+    const float squares = sum(sum_over<E>(x, d, [&](Vec value, IVec in_row) {
+      const Vec off = in_row ? value - mean : zero;
+      return off * off;
+    }));
+    const float rstd = 1.0f / __builtin_sqrtf(squares / float(d) + t.eps);
     for (int64_t j = 0; j < full; j += W) {
       E::store(out + j, (E::load(x + j) - mean) * rstd * load(t.weight + j) + load(t.bias + j));
     }

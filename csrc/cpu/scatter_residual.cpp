@@ -18,6 +18,7 @@ void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, st
   const int64_t d = x.size(1);
   MTVIT_CHECK(y.scalar_type() == x.scalar_type(), "y must have x's dtype");
   MTVIT_CHECK(d <= 1 || x.stride(1) == 1, "x must be contiguous in its last dimension");
+  MTVIT_CHECK(x.size(0) <= 1 || x.stride(0) >= d, "rows of x must not overlap");
   Tensor list;
   if (rows) list = int32_vector("rows", *rows);
   const int64_t count = rows ? list.size(0) : x.size(0);

@@ -20,13 +20,13 @@ namespace mtvit_ops {
 namespace {
 
 // Sort keys: the smallest is the best entry, and no two of an image are equal.
-using Key32 = uint64_t;                     // rank of the score above, position below
+using Key32 = uint64_t;                      // rank of the score above, position below
 using Key64 = std::pair<uint64_t, int32_t>;  // rank of the score, position
 
 uint32_t rank_of(float score) {
   if (std::isnan(score)) return 0xffffffffu;
-  const auto u = std::bit_cast<uint32_t>(score + 0.0f);      // -0 becomes +0
-  return u >> 31 ? u : 0x7fffffffu - u;                       // positive: falling; negative: rising magnitude
+  const auto u = std::bit_cast<uint32_t>(score + 0.0f);  // -0 becomes +0
+  return u >> 31 ? u : 0x7fffffffu - u;                  // positive: falling; negative: rising magnitude
 }
 
 uint64_t rank_of(double score) {
@@ -35,10 +35,18 @@ uint64_t rank_of(double score) {
   return u >> 63 ? u : 0x7fffffffffffffffu - u;
 }
 
-Key32 key_of(float score, int32_t place) { return uint64_t{rank_of(score)} << 32 | static_cast<uint32_t>(place); }
-Key64 key_of(double score, int32_t place) { return {rank_of(score), place}; }
-int32_t place_of(Key32 key) { return static_cast<int32_t>(key & 0xffffffffu); }
-int32_t place_of(const Key64& key) { return key.second; }
+Key32 key_of(float score, int32_t place) {
+  return uint64_t{rank_of(score)} << 32 | static_cast<uint32_t>(place);
+}
+Key64 key_of(double score, int32_t place) {
+  return {rank_of(score), place};
+}
+int32_t place_of(Key32 key) {
+  return static_cast<int32_t>(key & 0xffffffffu);
+}
+int32_t place_of(const Key64& key) {
+  return key.second;
+}
 
 struct Selection {
   const int32_t *cu, *rows, *keep_counts;  // rows and keep_counts may be null
@@ -67,51 +75,59 @@ int64_t count_kept(const Selection& s, const S* scores, int64_t b) {
   return kept;
 }
 
+template <typename S>
+auto keys_of(const Selection& s, const S* scores, int64_t b) {
+  std::vector<decltype(key_of(S{}, 0))> keys;
+  keys.reserve(static_cast<size_t>(s.length(b)));
+  for (int64_t i = s.prefix(b); i < s.length(b); ++i) {
+    keys.push_back(key_of(scores[s.cu[b] + i], static_cast<int32_t>(i)));
+  }
+  return keys;
+}
+
 // Writes the rows of image b's entries: prefix, then kept, and dropped apart.
 template <typename S>
 void select_image(const Selection& s, const S* scores, int64_t b) {
   using Key = decltype(key_of(S{}, 0));
   const int64_t first = s.cu[b], length = s.length(b), prefix = s.prefix(b);
-  const auto row = [&](int64_t place) {
-    return s.rows ? s.rows[first + place] : static_cast<int32_t>(first + place);
-  };
+  const auto row = [&](int64_t place) { return s.rows ? s.rows[first + place] : static_cast<int32_t>(first + place); };
   int32_t* out = s.out + s.out_cu[b];
   int32_t* dropped = s.dropped ? s.dropped + s.dropped_cu[b] : nullptr;
   for (int64_t i = 0; i < prefix; ++i) *out++ = row(i);
 
-  std::vector<bool> kept(static_cast<size_t>(length), false);
-  std::vector<Key> keys;
-  size_t num_kept = 0;  // behind the prefix
-  if (s.ranked || (s.by_score && scores)) {
-    keys.reserve(static_cast<size_t>(length - prefix));
-    for (int64_t i = prefix; i < length; ++i) keys.push_back(key_of(scores[first + i], static_cast<int32_t>(i)));
+  if (s.by_score && scores) {
+    std::vector<Key> keys = keys_of(s, scores, b);
+    auto middle = keys.begin();
     if (s.ranked) {
-      num_kept = static_cast<size_t>(s.wanted(b) - prefix);
-      if (num_kept < keys.size()) std::nth_element(keys.begin(), keys.begin() + num_kept, keys.end());
+      middle += s.wanted(b) - prefix;
+      if (middle != keys.end()) std::nth_element(keys.begin(), middle, keys.end());
     } else {
       const auto stays = [&](const Key& key) { return s.stays(scores, first + place_of(key)); };
-      num_kept = static_cast<size_t>(std::partition(keys.begin(), keys.end(), stays) - keys.begin());
+      middle = std::partition(keys.begin(), keys.end(), stays);
     }
-  }
-  if (s.by_score && scores) {
-    std::sort(keys.begin(), keys.begin() + num_kept);
-    for (size_t i = 0; i < num_kept; ++i) *out++ = row(place_of(keys[i]));
+    std::sort(keys.begin(), middle);
+    for (auto key = keys.begin(); key != middle; ++key) *out++ = row(place_of(*key));
     if (!dropped) return;
-    std::sort(keys.begin() + num_kept, keys.end());
-    for (size_t i = num_kept; i < keys.size(); ++i) *dropped++ = row(place_of(keys[i]));
+    std::sort(middle, keys.end());
+    for (auto key = middle; key != keys.end(); ++key) *dropped++ = row(place_of(*key));
     return;
   }
-  if (s.ranked) {
-    for (size_t i = 0; i < num_kept; ++i) kept[place_of(keys[i])] = true;
-  } else {
-    for (int64_t i = prefix; i < length; ++i) kept[i] = s.stays(scores, first + i);
-  }
-  for (int64_t i = prefix; i < length; ++i) {
-    if (kept[i]) {
-      *out++ = row(i);
+  const auto write = [&](int64_t place, bool kept) {
+    if (kept) {
+      *out++ = row(place);
     } else if (dropped) {
-      *dropped++ = row(i);
+      *dropped++ = row(place);
     }
+  };
+  const int64_t wanted = s.wanted(b) - prefix;  // of a count
+  if (s.ranked && wanted > 0 && wanted < length - prefix) {
+    const std::vector<Key> keys = keys_of(s, scores, b);
+    std::vector<Key> ranked = keys;
+    std::nth_element(ranked.begin(), ranked.begin() + (wanted - 1), ranked.end());
+    const Key worst = ranked[wanted - 1];  // keys differ, so exactly `wanted` are not behind it
+    for (int64_t i = prefix; i < length; ++i) write(i, keys[i - prefix] <= worst);
+  } else {
+    for (int64_t i = prefix; i < length; ++i) write(i, s.ranked ? wanted > 0 : s.stays(scores, first + i));
   }
 }
 
@@ -232,4 +248,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
       "int dropped_capacity) -> (Tensor rows, Tensor cu_seqlens, Tensor dropped_rows, Tensor dropped_cu_seqlens)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) { m.impl("token_select", TORCH_BOX(&mtvit_ops::token_select)); }
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
+  m.impl("token_select", TORCH_BOX(&mtvit_ops::token_select));
+}

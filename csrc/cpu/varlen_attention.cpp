@@ -40,6 +40,10 @@ struct Problem {
   int64_t nk(int64_t image) const { return cu_k[image + 1] - cu_k[image]; }
 };
 
+bool is_whole(const Problem& p, const Item& item) {
+  return item.begin == 0 && item.end == num_blocks(p.nq(item.image));
+}
+
 struct Free {
   void operator()(float* p) const { std::free(p); }
 };
@@ -85,7 +89,8 @@ std::vector<Item> plan(const Problem& p, int64_t threads) {
     const int64_t parts = std::min(blocks, cost / limit + (cost % limit != 0));
     for (int64_t h = 0; h < p.heads; ++h) {
       for (int64_t i = 0; i < parts; ++i) {
-        const auto begin = static_cast<int32_t>(i * blocks / parts), end = static_cast<int32_t>((i + 1) * blocks / parts);
+        const auto begin = static_cast<int32_t>(i * blocks / parts),
+                   end = static_cast<int32_t>((i + 1) * blocks / parts);
         items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), begin, end, cost * (end - begin) / blocks});
       }
     }
@@ -98,6 +103,7 @@ std::vector<Item> plan(const Problem& p, int64_t threads) {
 }
 
 struct Outputs {
+  const Kernels* native;
   char* out;
   float *lse, *scores;
   const float* bias;
@@ -105,6 +111,18 @@ struct Outputs {
   float* sums;                    // block sums of every image and head
   std::vector<int64_t> sums_of;   // where those of an image begin
 };
+
+// Block sums, in the order of the blocks, to column means.
+void finish_means(const Problem& p, const Outputs& o, int64_t image, int64_t head) {
+  const int64_t nq = p.nq(image), nk = p.nk(image), blocks = num_blocks(nq), row = round_up(nk, kMaxWidth);
+  const float share = 1.0f / static_cast<float>(nq);
+  float* sums = o.sums + o.sums_of[image] + head * blocks * row;
+  for (int64_t b = 1; b < blocks; ++b) {
+    for (int64_t j = 0; j < row; ++j) sums[j] += sums[b * row + j];
+  }
+  float* to = o.scores + p.cu_k[image] * p.heads + head;
+  for (int64_t j = 0; j < nk; ++j) to[j * p.heads] = sums[j] * share;
+}
 
 void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Item& item) {
   const int64_t b = item.image, h = item.head, first_q = p.cu_q[b], first_k = p.cu_k[b];
@@ -124,7 +142,7 @@ void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Ite
   t.d = p.d;
   t.dv = p.dv;
   if (mode == kClass) t.class_row = o.scores + first_k * p.heads + h;
-  if (mode == kMean) t.block_sums = o.sums + o.sums_of[b] + h * num_blocks(t.nq) * t.nk;
+  if (mode == kMean) t.block_sums = o.sums + o.sums_of[b] + h * num_blocks(t.nq) * round_up(t.nk, kMaxWidth);
   t.q_stride = p.q.stride(0);
   t.k_stride = p.k.stride(0);
   t.v_stride = p.v.stride(0);
@@ -136,23 +154,8 @@ void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Ite
   t.scale = scale;
   Buffer large;
   t.scratch = thread_scratch(scratch_floats(t.nk, t.d, t.dv), large);
-  kernels().attention(t);
-}
-
-// Block sums, in order of the blocks, to column means.
-void finish_means(const Problem& p, const Outputs& o, int64_t image) {
-  const int64_t nq = p.nq(image), nk = p.nk(image), blocks = num_blocks(nq);
-  const float share = nq > 0 ? 1.0f / static_cast<float>(nq) : 0.0f;
-  std::vector<float> total(static_cast<size_t>(nk));
-  for (int64_t h = 0; h < p.heads; ++h) {
-    const float* sums = o.sums + o.sums_of[image] + h * blocks * nk;
-    std::fill(total.begin(), total.end(), 0.0f);
-    for (int64_t b = 0; b < blocks; ++b) {
-      for (int64_t j = 0; j < nk; ++j) total[j] += sums[b * nk + j];
-    }
-    float* to = o.scores + p.cu_k[image] * p.heads + h;
-    for (int64_t j = 0; j < nk; ++j) to[j * p.heads] = total[j] * share;
-  }
+  o.native->attention(t);
+  if (mode == kMean && is_whole(p, item)) finish_means(p, o, b, h);
 }
 
 // What no item writes: images without a key or without a query, and the slack behind the last image.
@@ -185,8 +188,7 @@ Problem check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& c
   const Dtype dtype = check_dtype("q", q);
   MTVIT_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
               "q, k and v must have one dtype");
-  MTVIT_CHECK(cu_q.size(0) == cu_k.size(0), "cu_seqlens_k must have shape (", cu_q.size(0), ",), got ",
-              shape_of(cu_k));
+  MTVIT_CHECK(cu_q.size(0) == cu_k.size(0), "cu_seqlens_k must have shape (", cu_q.size(0), ",), got ", shape_of(cu_k));
   const int64_t batch = cu_q.size(0) - 1;
   const int64_t longest_q = check_cu_seqlens("cu_seqlens_q", data<int32_t>(cu_q), batch, q.size(0));
   const int64_t longest_k = check_cu_seqlens("cu_seqlens_k", data<int32_t>(cu_k), batch, k.size(0));
@@ -194,7 +196,7 @@ Problem check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& c
   MTVIT_CHECK_VALUE(max_seqlen_k >= longest_k, "max_seqlen_k must be at least ", longest_k, ", got ", max_seqlen_k);
   // a last stride other than 1 costs a copy
   return {dense_last(q), dense_last(k), dense_last(v), data<int32_t>(cu_q), data<int32_t>(cu_k), batch, q.size(1),
-          q.size(2), v.size(2), dtype, q.element_size()};
+          q.size(2),     v.size(2),     dtype,         q.element_size()};
 }
 
 std::tuple<Tensor, Tensor, Tensor> varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -207,6 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention(const Tensor& q, const Tenso
   MTVIT_CHECK(scores >= kNone && scores <= kMean, "scores must be 0, 1 or 2, got ", scores);
   const auto mode = static_cast<Scores>(scores);
   Outputs o{};
+  o.native = &kernels();
   Tensor bias;  // kept alive as long as o.bias points into it
   if (key_bias) {
     const int64_t dim = key_bias->dim();
@@ -229,23 +232,25 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention(const Tensor& q, const Tenso
     int64_t floats = 0;
     for (int64_t b = 0; b < p.batch; ++b) {
       o.sums_of.push_back(floats);
-      floats += p.heads * num_blocks(p.nq(b)) * p.nk(b);
+      floats += p.heads * num_blocks(p.nq(b)) * round_up(p.nk(b), kMaxWidth);
     }
     sums = allocate(floats);
     o.sums = sums.get();
   }
-  const std::vector<Item> items = plan(p, torch::stable::get_num_threads());
+  int64_t work = 0;  // multiplications
+  for (int64_t b = 0; b < p.batch; ++b) work += p.nq(b) * p.nk(b) * p.heads * (p.d + p.dv);
+  constexpr int64_t kWorthThreads = 1 << 19;  // under some 5 microseconds, waking a thread costs more than it does
+  const int64_t threads = work < kWorthThreads ? 1 : torch::stable::get_num_threads();
+  const std::vector<Item> items = plan(p, threads);
   const auto count = static_cast<int64_t>(items.size());
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(torch::stable::get_num_threads(), count), 1, [&](int64_t, int64_t) {
+  torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
       run(p, o, mode, static_cast<float>(scale), items[static_cast<size_t>(i)]);
     }
   });
-  if (mode == kMean) {
-    torch::stable::parallel_for(0, p.batch, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) finish_means(p, o, b);
-    });
+  for (const Item& item : items) {
+    if (mode == kMean && item.begin == 0 && !is_whole(p, item)) finish_means(p, o, item.image, item.head);
   }
   fill_rest(p, o, mode);
   return {out, lse, token_scores};

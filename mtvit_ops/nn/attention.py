@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..ops import varlen_attention
+from .linear import linear
 
 
 class Attention(nn.Module):
@@ -34,13 +35,13 @@ class Attention(nn.Module):
         scores: Literal["class", "mean"] | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # (T, D), (T, H) where asked for
         """Attend within each image; with ``scores`` also what each token received (see ``ops.varlen_attention``)."""
-        qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))  # (T, 3, H, d)
+        qkv = linear(x, self.qkv).unflatten(1, (3, self.num_heads, -1))  # (T, 3, H, d)
         q, k, v = qkv.unbind(1)
         if scores is None:
             out, received = varlen_attention(q, k, v, cu_seqlens, max_seqlen, key_bias=key_bias), None
         else:
             out, received = varlen_attention(q, k, v, cu_seqlens, max_seqlen, key_bias=key_bias, scores=scores)
-        return self.proj(out.flatten(1)), received
+        return linear(out.flatten(1), self.proj), received
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

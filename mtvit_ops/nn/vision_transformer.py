@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._checks import check_tensor
 from ..ragged import RaggedTokens
 from .block import Block
+from .linear import linear
 from .method import Method
 from .patch_embed import PatchEmbed
 from .trace import Trace, TraceRecorder
@@ -127,7 +128,7 @@ class VisionTransformer(nn.Module):
             if recorder is not None:
                 recorder.leave(state)
         pooled = method.readout(first_rows, tokens, state).to(images.dtype)
-        logits = self.head(self.norm(pooled))
+        logits = linear(self.norm(pooled), self.head)
         if recorder is None:
             return logits
         return logits, recorder.trace(first_rows, method)

@@ -102,6 +102,8 @@ def halting_step(
     check_float("x", x, ("R", "D"))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     num_rows, dim = x.shape
+    if dim < 1:
+        raise ValueError(f"x must have a channel for the gate, got shape {tuple(x.shape)}")
     if rows is not None:
         check_rows("rows", rows, x)
     check_cu_seqlens("cu_seqlens", cu_seqlens, x)
@@ -133,7 +135,7 @@ def _fake(x: Tensor, rows: Tensor | None, cu_seqlens: Tensor, readout: Tensor, *
 def _value_checks(x: Tensor, rows: Tensor | None, cu_seqlens: Tensor, readout_rows: Tensor, *_: Any) -> None:
     if rows is not None:
         check_row_values("rows", rows, x.shape[0])
-    check_row_values("readout_rows", readout_rows, x.shape[0])
+    check_row_values("readout_rows", readout_rows, x.shape[0], lowest=0)
     check_offset_values("cu_seqlens", cu_seqlens, x.shape[0] if rows is None else rows.shape[0])
 
 
@@ -174,6 +176,8 @@ HALTING_STEP = register_op(
     reference=reference.halting_step,
     fake=_fake,
     value_checks=_value_checks,
+    native=True,
+    refuses=lambda x, *_: "the native kernel takes no float64" if x.dtype == torch.float64 else None,
     setup_context=_setup_context,
     backward=_backward,
 )

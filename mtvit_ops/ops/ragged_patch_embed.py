@@ -31,7 +31,7 @@ def ragged_patch_embed(
         prefix: class (and other prefix) tokens that head every image, (P, D), dtype of ``images``.
         weights: K convolution kernels, each (D, C, k, k), dtype of ``images``.
         biases: K of (D,).
-        pos_embeds: K position tables, prefix first, each (P + g * g, D) for the tail's g x g grid.
+        pos_embeds: K position tables, prefix first, each (P + patches of the tail's grid, D).
         strides: K steps in pixels, >= 1.
         paddings: K paddings in pixels, >= 0.
 

@@ -64,7 +64,8 @@ def halting_step_backward(
     share = remainder * reached + step * going
     # the readout rows' gradients, spread over all rows; rows that are not read out get zero
     spread = torch.zeros_like(x, dtype=share.dtype).index_copy(0, readout_rows.long(), grad_output.to(share.dtype))
-    grad_share = (spread * x.to(share.dtype)).sum(dim=1)
+    # what stands in rows that are not alive, NaN too, has no part in it
+    grad_share = (spread * x.to(share.dtype)).sum(dim=1).where(alive, 0.0)
     grad_step = alive * grad_cumulative + going * (grad_share - grad_remainder)
     if last:
         grad_step = torch.zeros_like(grad_step)

@@ -13,7 +13,7 @@ def ragged_patch_embed(
     prefix: Tensor,  # (P, D)
     weights: list[Tensor],  # K of (D, C, k, k)
     biases: list[Tensor],  # K of (D,)
-    pos_embeds: list[Tensor],  # K of (P + g * g, D)
+    pos_embeds: list[Tensor],  # K of (P + patches, D)
     strides: list[int],
     paddings: list[int],
 ) -> tuple[Tensor, Tensor]:  # (B * longest, D) with zeros behind the live rows, (B + 1,)
@@ -58,9 +58,9 @@ def ragged_patch_embed_backward(
         index = starts[:-1, None] + torch.arange(len(pos_embed), device=images.device)
         tokens = source[index.where((tails == tail)[:, None], len(grad))]  # (B, N, D), zeros for other tails' images
         patches = tokens[:, num_prefix:].transpose(1, 2)
-        side = round(patches.shape[2] ** 0.5)
-        patches = patches.reshape(len(images), -1, side, side)
         step, pad = strides[tail], paddings[tail]
+        grid = [(side + 2 * pad - kernel) // step + 1 for side, kernel in zip(images.shape[2:], weight.shape[2:])]
+        patches = patches.reshape(*patches.shape[:2], *grid)
         grad_images += torch.nn.grad.conv2d_input(images.shape, weight, patches, step, pad)
         grad_weights.append(torch.nn.grad.conv2d_weight(images, weight.shape, patches, step, pad))
         grad_biases.append(patches.sum(dim=(0, 2, 3)))

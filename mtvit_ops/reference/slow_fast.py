@@ -36,7 +36,9 @@ def slow_fast_merge_backward(
     tokens = (x if rows is None else pick_rows(x, rows)).to(wide)
     grad_token = _of_image(grad.to(wide), cu_seqlens, tokens.shape[0])  # (T, D)
     grad_x = grad_token * share[:, None]
-    grad_share = (grad_token * tokens).sum(dim=1)
+    image, _ = token_images(cu_seqlens, tokens.shape[0])
+    # what stands past the last offset, NaN too, has no gradient
+    grad_share = (grad_token * tokens).sum(dim=1).where(image < cu_seqlens.shape[0] - 1, 0.0)
     if normalize:
         total = _of_image(_sum_by_image(weights.to(wide)[:, None], cu_seqlens, max_seqlen), cu_seqlens, weights.shape[0])[:, 0]
         mean = _of_image(_sum_by_image((grad_share * share)[:, None], cu_seqlens, max_seqlen), cu_seqlens, weights.shape[0])[:, 0]

@@ -1,0 +1,44 @@
+# make demo   set everything up, then four adaptive ViTs against the dense one on real photographs
+# make test   set everything up, then the tests
+# make bench  set everything up, then the CPU benchmarks; BENCH=--smoke only proves that they run
+# make lint   ruff, mypy, clang-format
+# make clean  remove the environment and everything built
+# Needs Python >= 3.10 (PYTHON=... picks one) and a C++ compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
+.PHONY: demo test bench lint clean setup
+setup: $(VENV)/.built
+
+demo: setup
+	$(BIN)/mtvit-ops compare --out demo-output
+
+test: setup
+	$(BIN)/python -m pytest tests -q $(TESTS)
+
+bench: setup
+	$(BIN)/python bench/run.py $(BENCH)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+clean:
+	rm -rf $(VENV) build demo-output *.egg-info mtvit_ops/_C.so mtvit_ops/_build*.so
+
+$(VENV)/.requirements: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python >= 3.10 is needed, {sys.executable} is {v[0]}.{v[1]}: set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.requirements $(NATIVE)
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@

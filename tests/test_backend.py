@@ -1,0 +1,172 @@
+"""Choosing a backend: by block, by environment, refused with the reason, replaced with one warning."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import mtvit_ops
+from mtvit_ops import _backend, _register
+from mtvit_ops.ops import class_attention
+from mtvit_ops.testing import offsets
+
+PARENT = Path(mtvit_ops.__file__).parent.parent
+CALL = "import torch; from mtvit_ops.ops import scatter_residual as f; x = torch.ones(2, 2)"
+
+
+@pytest.fixture
+def triton_serves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine on which Triton is there and CUDA is not."""
+    found = {
+        **_backend.available_backends(),
+        "triton": _backend.Availability(True, "pretended"),
+        "cuda": _backend.Availability(False, "no driver, say"),
+    }
+    monkeypatch.setattr(_backend, "available_backends", lambda: found)
+    _backend.say_once.cache_clear()
+    yield
+    _backend.say_once.cache_clear()
+
+
+def call() -> None:
+    class_attention(torch.ones(1, 1, 2), torch.ones(3, 1, 2), offsets((3,)), 3)
+
+
+def test_every_backend_has_a_reason() -> None:
+    found = _backend.available_backends()
+    assert tuple(found) == _backend.BACKENDS
+    assert found["reference"].available
+    assert all(entry.reason for entry in found.values())
+
+
+def test_unknown_name() -> None:
+    with (
+        pytest.raises(ValueError, match="use_backend: backend must be one of reference, cpp, triton, cuda, got 'tpu'"),
+        _backend.use_backend("tpu"),
+    ):
+        pass
+
+
+def test_unavailable_backend_says_why(triton_serves: None) -> None:
+    with (
+        pytest.raises(ValueError, match="'cuda' is not available: no driver, say"),
+        _backend.use_backend("cuda"),
+    ):
+        pass
+
+
+def test_blocks_nest_and_end(triton_serves: None) -> None:
+    outside = _backend.preferred_backend()
+    with _backend.use_backend("reference"):
+        with _backend.use_backend("triton"):
+            assert _backend.preferred_backend() == "triton"
+        assert _backend.preferred_backend() == "reference"
+        with pytest.raises(RuntimeError, match="inside"), _backend.use_backend("triton"):
+            raise RuntimeError("inside")
+        assert _backend.preferred_backend() == "reference"
+    assert _backend.preferred_backend() == outside
+
+
+def test_the_replacement_is_said_once(triton_serves: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "mtvit_ops"), _backend.use_backend("triton"):
+        call()
+        call()
+    assert [record.getMessage() for record in caplog.records] == [
+        "class_attention: the reference serves on the CPU, since triton has no kernel for it"
+    ]
+
+
+def test_the_reference_asked_for_is_not_news(caplog: pytest.LogCaptureFixture) -> None:
+    _backend.say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "mtvit_ops"), _backend.use_backend("reference"):
+        call()
+    assert not caplog.records
+
+
+PREFERENCES = {  # block; what runs, what the warning says
+    "none": (None, "native", None),
+    "cpp": ("cpp", "native", None),
+    "reference": ("reference", "reference", None),
+    "triton": ("triton", "reference", "triton does not serve CPU tensors"),
+}
+
+
+@pytest.mark.parametrize(("block", "runs", "warning"), PREFERENCES.values(), ids=PREFERENCES)
+@pytest.mark.parametrize("refusal", [None, "it is full moon"])
+def test_who_serves(
+    block: str | None,
+    runs: str,
+    warning: str | None,
+    refusal: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An op with a native kernel, which may refuse the arguments."""
+    monkeypatch.setattr(_backend, "preferred_backend", lambda: block)
+    _backend.say_once.cache_clear()
+    checked = []
+    kernel = _register._cpu_kernel(
+        "op", lambda _: "reference", checked.append, lambda _: "native", lambda _: refusal
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, "mtvit_ops"):
+        found = kernel("argument")
+    if runs == "native" and refusal is not None:
+        runs, warning = "reference", refusal if block == "cpp" else None
+    assert found == runs
+    assert checked == (["argument"] if runs == "reference" else [])  # kernels check values on their own
+    assert [warning in record.getMessage() for record in caplog.records] == ([True] if warning else [])
+
+
+def test_native_value_errors_become_value_errors() -> None:
+    def kernel(text: str) -> None:
+        raise RuntimeError(text)
+
+    run = _register._native_kernel("op", kernel)
+    with pytest.raises(ValueError, match=r"^op: rows must lie in"):
+        run("Exception raised from f: mtvit_ops value error: rows must lie in [0, 3), got 4\nframe #0")
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        run("out of memory")
+
+
+ENVIRONMENT = {  # MTVIT_OPS_BACKEND; code; what it prints, or the error's end
+    "reference": ("reference", "from mtvit_ops._backend import preferred_backend as p; print(p())", "reference", None),
+    "empty": ("", "from mtvit_ops._backend import preferred_backend as p; print(p())", "None", None),
+    "block-wins": (
+        "nonsense",
+        "import mtvit_ops\nwith mtvit_ops.use_backend('reference'): f(x, None, x, x[0]); print('ran')",
+        "ran",
+        None,
+    ),
+    "unknown": ("nonsense", "f(x, None, x, x[0])", "", "ValueError: MTVIT_OPS_BACKEND: backend must be one of"),
+    "unavailable": (
+        "cuda",
+        "f(x, None, x, x[0])",
+        "",
+        "ValueError: MTVIT_OPS_BACKEND: backend 'cuda' is not available",
+    ),
+}
+
+
+@pytest.mark.parametrize(("value", "code", "printed", "error"), ENVIRONMENT.values(), ids=ENVIRONMENT)
+def test_environment(value: str, code: str, printed: str, error: str | None) -> None:
+    if value == "cuda" and _backend.available_backends()["cuda"].available:
+        pytest.skip("the cuda backend is available here")
+    environment = {**os.environ, _backend.ENVIRONMENT_VARIABLE: value}
+    found = subprocess.run(
+        [sys.executable, "-c", f"{CALL}\n{code}"],
+        env=environment,
+        cwd=PARENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout.strip() == printed, found.stderr
+    assert (found.returncode == 0) == (error is None)
+    assert error is None or error in found.stderr

@@ -1,0 +1,249 @@
+"""What every registered op owes PyTorch: a true schema, fake and gradient, one graph under torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from mtvit_ops import _backend, ops
+from mtvit_ops._register import NAMESPACE, NATIVE_NAMESPACE
+from mtvit_ops.testing import assert_equal, offsets, packed_qkv, random_tensor, value_and_gradients
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def registered(namespace: str) -> dict[str, Any]:
+    """Schemas of a namespace by the op's name."""
+    schemas = torch._C._jit_get_all_schemas()
+    return {schema.name.split("::")[1]: schema for schema in schemas if schema.name.startswith(f"{namespace}::")}
+
+
+def detached(value: Tensor) -> Tensor:
+    return value.detach()
+
+
+def samples() -> dict[str, list[tuple]]:
+    """Arguments for each op; floats ask for gradients where the op has them."""
+
+    def draw(*shape: int) -> Tensor:
+        return random_tensor(*shape).requires_grad_()
+
+    rows, cu_seqlens = int32(0, 2, 3, 5, -1), offsets((3, 1))
+    q, k, v = packed_qkv(5, 2, 4)
+    span = (cu_seqlens, cu_seqlens, 3, 3, 0.5)
+    attention = (q, k, v, *span)
+    out, lse, _ = torch.ops.mtvit_ops.varlen_attention(*attention, None, 0)
+    probabilities = torch.ops.mtvit_ops.class_attention(q[:2], k, cu_seqlens, 3, 0.5, None)
+    normed = torch.ops.mtvit_ops.gather_layer_norm(random_tensor(6, 8), rows, torch.ones(8), torch.ones(8), 1e-6)
+    readout, sums = int32(0, 5), (torch.zeros(6), torch.ones(6), torch.zeros(6))
+    gate = (1.0, 0.0, 0.01)
+    tails = (
+        int32(1, 0),
+        draw(1, 3),
+        [draw(3, 2, 2, 2), draw(3, 2, 4, 4)],
+        [draw(3), draw(3)],
+        [draw(5, 3), draw(2, 3)],
+    )
+    steps = ([2, 4], [0, 0])
+    select = (random_tensor(5), rows, cu_seqlens)
+    return {
+        "varlen_attention": [
+            (q.requires_grad_(), k, v.requires_grad_(), *span, draw(5, 2), 1),
+            (q, k, v, *span, draw(5), 2),
+            (*attention, None, 0),
+        ],
+        "varlen_attention_backward": [
+            (random_tensor(5, 2, 4), *(value.detach() for value in (q, k, v, out, lse)), *span, None)
+        ],
+        "class_attention": [(draw(2, 2, 4), draw(5, 2, 4), cu_seqlens, 3, 0.5, draw(5))],
+        "class_attention_backward": [
+            (random_tensor(5, 2), probabilities, random_tensor(2, 2, 4), random_tensor(5, 2, 4), cu_seqlens, 3, 0.5)
+        ],
+        "gather_layer_norm": [(draw(6, 8), rows, draw(8), draw(8), 1e-6), (draw(6, 8), None, draw(8), draw(8), 1e-6)],
+        "gather_layer_norm_backward": [(random_tensor(5, 8), random_tensor(6, 8), rows, torch.ones(8), *normed[1:])],
+        "scatter_residual": [(draw(6, 8), rows, draw(5, 8), draw(8)), (draw(6, 8), None, draw(6, 8), None)],
+        "scatter_residual_": [(random_tensor(6, 8), rows, random_tensor(5, 8), torch.ones(5, 1))],
+        "scatter_residual_backward": [
+            (random_tensor(6, 8), rows, random_tensor(5, 8), random_tensor(8)),
+            (random_tensor(6, 8), None, random_tensor(6, 8), None),
+        ],
+        "slow_fast_merge": [
+            (draw(6, 8), draw(5), rows, cu_seqlens, 3, True),
+            (draw(6, 8), draw(6), None, cu_seqlens, 3, False),
+        ],
+        "slow_fast_merge_backward": [
+            (random_tensor(2, 8), random_tensor(6, 8), torch.ones(5), rows, cu_seqlens, 3, True)
+        ],
+        "slow_fast_update": [(draw(6, 8), rows, cu_seqlens, 3, draw(2, 8))],
+        "slow_fast_update_backward": [(random_tensor(6, 8), rows, cu_seqlens, 3)],
+        "token_select": [
+            (*select, None, None, 1, None, 1, False, 2, True, 3),
+            (*select, None, int32(2, 1), -1, None, 0, True, 5, False, 0),
+            (*select, None, None, -1, 0.5, 0, False, 5, False, 0),
+            (None, None, cu_seqlens, torch.ones(5, dtype=torch.bool), None, -1, None, 0, False, 5, True, 5),
+        ],
+        "halting_step": [
+            (draw(6, 4), rows, cu_seqlens, readout, *(s.clone().requires_grad_() for s in sums),
+             torch.ones(6, dtype=torch.int32), draw(2, 4), *gate, False),
+        ],
+        "halting_step_backward": [
+            (*(random_tensor(6) for _ in range(3)), random_tensor(2, 4), random_tensor(6), random_tensor(6, 4), rows,
+             cu_seqlens, readout, *sums[:2], *gate, True),
+        ],
+        "ragged_patch_embed": [(draw(2, 2, 4, 4), *tails, *steps)],
+        "ragged_patch_embed_backward": [
+            (random_tensor(10, 3), random_tensor(2, 2, 4, 4), *tree_map(detached, tails), *steps)
+        ],
+    }  # fmt: skip
+
+
+SAMPLED = tuple(samples())
+
+
+def test_every_op_has_a_sample() -> None:
+    assert set(SAMPLED) == set(registered(NAMESPACE))
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_opcheck(name: str) -> None:
+    for arguments in samples()[name]:
+        torch.library.opcheck(getattr(torch.ops.mtvit_ops, name).default, arguments)
+
+
+def test_native_ops_take_the_same_arguments() -> None:
+    reason = _backend.available_backends()["cpp"]
+    if not reason.available:
+        pytest.skip(f"backend cpp cannot serve: {reason.reason}")
+
+    def signature(schema: Any) -> list[tuple]:
+        writes = [value.alias_info is not None and value.alias_info.is_write for value in schema.arguments]
+        return [(value.name, str(value.type), writes[place]) for place, value in enumerate(schema.arguments)]
+
+    ours, native = registered(NAMESPACE), registered(NATIVE_NAMESPACE)
+    shared = set(ours) & set(native)
+    assert shared >= {"varlen_attention", "token_select", "gather_layer_norm", "scatter_residual_"}
+    for name in shared:
+        assert signature(native[name]) == signature(ours[name]), name
+        assert [str(value.type) for value in native[name].returns] == [str(value.type) for value in ours[name].returns]
+
+
+def halting(x: Tensor, cumulative: Tensor, remainder: Tensor, ponder: Tensor, output: Tensor) -> tuple[Tensor, ...]:
+    state = ops.HaltingState(cumulative, remainder, ponder, torch.ones(6, dtype=torch.int32), output)
+    step = ops.halting_step(x, ROWS, OFFSETS, int32(0, 5), state, gate_scale=1.0, gate_center=0.0)
+    return (*step.state, step.scores, step.rows, step.cu_seqlens)
+
+
+def selection(scores: Tensor) -> tuple[Tensor, ...]:
+    return tuple(ops.token_select(scores, ROWS, OFFSETS, keep=1, order="score", return_dropped=True))
+
+
+def step_in_place(x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return ops.scatter_residual_(x.clone(), ROWS, y)
+
+
+ROWS, OFFSETS = int32(0, 2, 3, 5, -1), offsets((3, 1))
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {  # a call, and its tensors' shapes
+    "varlen_attention": (
+        lambda q, k, v, bias: ops.varlen_attention(q, k, v, OFFSETS, 3, key_bias=bias, scores="mean"),
+        {"q": (5, 2, 4), "k": (5, 2, 4), "v": (5, 2, 3), "bias": (5,)},
+    ),
+    "class_attention": (lambda q, k: ops.class_attention(q, k, OFFSETS, 3), {"q": (2, 2, 4), "k": (5, 2, 4)}),
+    "gather_layer_norm": (
+        lambda x, weight, bias: ops.gather_layer_norm(x, ROWS, weight, bias),
+        {"x": (6, 8), "weight": (8,), "bias": (8,)},
+    ),
+    "scatter_residual": (
+        lambda x, y, scale: ops.scatter_residual(x, ROWS, y, scale),
+        {"x": (6, 8), "y": (5, 8), "scale": (8,)},
+    ),
+    "scatter_residual_": (step_in_place, {"x": (6, 8), "y": (5, 8)}),
+    "slow_fast_merge": (
+        lambda x, weights: ops.slow_fast_merge(x, weights, ROWS, OFFSETS, 3),
+        {"x": (6, 8), "weights": (5,)},
+    ),
+    "slow_fast_update": (
+        lambda x, increment: ops.slow_fast_update(x, ROWS, OFFSETS, 3, increment),
+        {"x": (6, 8), "increment": (2, 8)},
+    ),
+    "token_select": (selection, {"scores": (5,)}),
+    "halting_step": (
+        halting,
+        {"x": (6, 4), "cumulative": (6,), "remainder": (6,), "ponder": (6,), "output": (2, 4)},
+    ),
+    "ragged_patch_embed": (
+        lambda images, prefix, w0, w1, b0, b1, p0, p1: ops.ragged_patch_embed(
+            images, int32(1, 0), prefix, [w0, w1], [b0, b1], [p0, p1], [2, 4], [0, 0]
+        ),
+        {
+            "images": (2, 2, 4, 4),
+            "prefix": (1, 3),
+            "w0": (3, 2, 2, 2),
+            "w1": (3, 2, 4, 4),
+            "b0": (3,),
+            "b1": (3,),
+            "p0": (5, 3),
+            "p1": (2, 3),
+        },
+    ),
+}
+
+
+def block(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Select, read, attend, write: the ops as a model uses them."""
+    chosen = ops.token_select(scores, None, offsets((3, 3)), keep=2, num_prefix_tokens=1)
+    packed = ops.gather_layer_norm(x, chosen.rows, weight, bias)
+    q, k, v = packed.reshape(-1, 1, 2, 4).expand(-1, 3, -1, -1).unbind(1)
+    out, seen = ops.varlen_attention(q, k, v, chosen.cu_seqlens, 2, scores="class")
+    return ops.scatter_residual(x, chosen.rows, out.flatten(1)), seen
+
+
+def assert_compiles(
+    function: Callable[..., Any], shapes: dict[str, tuple[int, ...]], compiler: str, **close: float
+) -> None:
+    torch._dynamo.reset()
+    inputs = {name: random_tensor(*shape) for name, shape in shapes.items()}
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    outputs, grads = value_and_gradients(compiled, inputs)
+    wanted, wanted_grads = value_and_gradients(function, inputs)
+    for place, (value, want) in enumerate(zip(outputs, wanted, strict=True)):
+        assert value.dtype == want.dtype, place
+        torch.testing.assert_close(value, want, **close)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted_grads[name], **close)
+
+
+def test_every_public_op_is_compiled() -> None:
+    assert set(CALLS) == {name for name in ops.__all__ if name.islower()} - {"initial_halting_state"}
+
+
+@pytest.mark.parametrize(("function", "shapes"), CALLS.values(), ids=CALLS)
+def test_compiles_to_one_graph(function: Callable[..., Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    assert_compiles(function, shapes, "aot_eager", atol=0.0, rtol=0.0)  # the same kernels
+
+
+def test_inductor_compiles_a_block() -> None:
+    shapes = {"x": (6, 8), "scores": (6,), "weight": (8,), "bias": (8,)}
+    assert_compiles(block, shapes, "inductor", atol=1e-6, rtol=1e-5)  # the code between the ops is fused anew
+
+
+def test_changing_counts_do_not_recompile_forever() -> None:
+    """Token counts become symbols: five lengths, at most a static and a dynamic graph."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def attend(q: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return ops.varlen_attention(q, q, q, cu_seqlens, 16)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=graphs)
+    for tokens in (5, 7, 8, 11, 16):
+        q, cu_seqlens = random_tensor(tokens, 2, 4), offsets((2, tokens - 2))
+        assert_equal(f"{tokens} tokens", compiled(q, cu_seqlens), attend(q, cu_seqlens))
+    assert graphs.frame_count <= 2

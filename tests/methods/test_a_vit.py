@@ -117,11 +117,13 @@ def test_permuted_patches_permute_the_counters(name: str, backend: str, device: 
     logits, trace = traced(model, images)
     moved, moved_trace = traced(*permute_patches(model, images, order))
     assert_rounding(moved, logits)
-    for key in ("counters", "ponder"):
-        want = torch.cat((trace.extras[key][:, :1], trace.extras[key][:, 1:][:, order]), dim=1)
-        (assert_equal if key == "counters" else lambda _, got, want: assert_rounding(got, want))(
-            key, moved_trace.extras[key], want
-        )
+
+    def permuted(key: str) -> torch.Tensor:
+        value = trace.extras[key]
+        return torch.cat((value[:, :1], value[:, 1:][:, order]), dim=1)
+
+    assert_equal("counters", moved_trace.extras["counters"], permuted("counters"))
+    assert_rounding(moved_trace.extras["ponder"], permuted("ponder"))
 
 
 def test_what_halted_tokens_hold_does_not_matter(backend: str, device: str) -> None:

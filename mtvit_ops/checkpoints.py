@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,7 +116,9 @@ def _read_file(path: Path) -> Any:
         # the authors' files keep their command line
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a file that is no pickle fails in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a checkpoint: {reason}") from error
 

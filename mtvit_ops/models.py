@@ -52,7 +52,7 @@ def create_model(
         ValueError, TypeError: an unknown name or override (the message lists what there is), or a bad value.
     """
     if name not in _NAMES:
-        close = difflib.get_close_matches(str(name), _NAMES, n=3)
+        close = difflib.get_close_matches(str(name), _NAMES, n=3, cutoff=0.5)
         hint = f"; close are {', '.join(close)}" if close else ""
         raise ValueError(f"name must be one of list_models(), got {name!r}{hint}")
     method, size, img_size = _NAMES[name]

@@ -112,8 +112,8 @@ class RaggedTokens(NamedTuple):
             alive = torch.zeros(self.x.shape[0] + 1, dtype=torch.bool, device=self.x.device)
             alive[self.rows.where(self.rows >= 0, self.x.shape[0]).long()] = True
             grid = self.x.where(alive[:-1, None], fill)
-        patches = grid.reshape(self.num_images, length, -1)[:, self.num_prefix_tokens :]
-        return patches.transpose(1, 2).reshape(self.num_images, -1, height, width)
+        patches = grid.reshape(self.num_images, length, grid.shape[1])[:, self.num_prefix_tokens :]
+        return patches.transpose(1, 2).reshape(self.num_images, grid.shape[1], height, width)
 
     def to_nested(self) -> Tensor:
         """Live tokens as a jagged ``torch.nested`` tensor (B, n, D). Differentiable."""

@@ -16,10 +16,10 @@ def resize_kernel(weight: Tensor, size: int) -> Tensor:
     old = weight.shape[-1]
     if size == old:
         return weight.clone()
-    basis = torch.eye(old * old, dtype=torch.float64).reshape(old * old, 1, old, old)
+    basis = torch.eye(old * old, dtype=torch.float64, device="cpu").reshape(old * old, 1, old, old)
     resized = F.interpolate(basis, (size, size), mode="bilinear", antialias=True, align_corners=False)
     solve = torch.linalg.pinv(resized.reshape(old * old, size * size))  # (size^2, old^2)
-    flat = weight.double().cpu().reshape(-1, old * old) @ solve.T
+    flat = weight.double().reshape(-1, old * old) @ solve.T.to(weight.device)
     return flat.reshape(*weight.shape[:2], size, size).to(weight)
 
 

@@ -76,9 +76,11 @@ class EvoViT(Method):
             self.selects = tuple(pruned)
         else:
             starts = (depth // 3, 2 * depth // 3)
-            self.selects = tuple(index in starts and any(pruned[index:]) for index in range(depth))
+            # a stage that keeps all still selects: the placeholders of the stage before come back
+            self.selects = tuple(index in starts and any(pruned) for index in range(depth))
         self.kept_patches = tuple(int(num_patches * ratio) for ratio in self.keep_ratios)
-        self.last_selection = max((index for index in range(depth) if self.selects[index]), default=-1)
+        chooses = (index for index in range(depth) if self.selects[index] and self.kept_patches[index] < num_patches)
+        self.last_selection = max(chooses, default=-1)
 
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, EvoViTState]:
         tokens = model.embed(images)

@@ -73,7 +73,8 @@ def schedule_statistics(
     base = starts[0]
     ends = [(start - base) / (depth - base) for start in starts] + [1.0]
     counts = [before - after for before, after in zip((num_tokens, *budgets), (*budgets, 0))]
-    lives = torch.repeat_interleave(torch.tensor(ends, dtype=torch.float64), torch.tensor(counts))
+    # numbers of the host, whatever device the model is created on
+    lives = torch.tensor(ends, dtype=torch.float64, device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
     return float(lives.mean()), float(lives.std()) if num_tokens > 1 else 0.0
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .files import write_atomically
 from .lineup import BASELINE, TITLES
+from .report import setting
 
 if TYPE_CHECKING:
     from .compare import CompareResult
@@ -45,7 +47,7 @@ def write_chart(result: CompareResult, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    figure = Figure(figsize=(9, 6), dpi=150)
+    figure = Figure(figsize=(9, 7.2), dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     rows = result.rows
@@ -53,23 +55,14 @@ def write_chart(result: CompareResult, path: Path) -> None:
     top = max(1 / lowest, *(row.speed_up_spread.high for row in rows)) * 1.05
     bottom = min(1 / 1.12, *(row.speed_up_spread.low / 1.05 for row in rows))
     axes.plot([1, lowest], [1, 1 / lowest], color="#555555", linewidth=1.5)
-    axes.annotate(
-        "realised fraction 1:\nall of the saving arrives",
-        (lowest**0.62, lowest**-0.62),
-        (-14, 10),
-        textcoords="offset points",
-        ha="right",
-        fontsize=11,
-        color="#555555",
-    )
     axes.axhline(1, color="#bbbbbb", linewidth=1, zorder=0)
     for row in rows:
         tint, marker = _MARKS[row.name]
         low, high = row.speed_up_spread.low, row.speed_up_spread.high
         if row.name != BASELINE:
             axes.plot([row.mac_ratio] * 2, [low, high], color=tint, linewidth=2, solid_capstyle="butt")
-        label = f"{TITLES[row.name]}: {row.speed_up:.2f}x faster"
-        label += f" at {row.mac_ratio:.2f} of the MACs, realised {row.realised_fraction:.2f}"
+        label = f"{TITLES[row.name]}: {row.speed_up:.2f} times the dense speed at {row.mac_ratio:.2f} of the MACs,"
+        label += f" realised fraction {row.realised_fraction:.2f}"
         if row.name == BASELINE:
             label = f"{TITLES[row.name]}: the baseline"
         axes.plot([row.mac_ratio], [row.speed_up], marker, color=tint, markersize=10, label=label, linestyle="none")
@@ -87,25 +80,40 @@ def write_chart(result: CompareResult, path: Path) -> None:
     axes.tick_params(labelsize=11)
     axes.set_xlabel("MAC ratio: adaptive / dense multiply-accumulates (cheaper to the right)", fontsize=12)
     axes.set_ylabel("speed-up: dense / adaptive time", fontsize=12)
-    options = result.options
-    axes.set_title(
-        f"ViT-{options.size}, batch {options.batch}, {options.dtype}, {result.device}; bars: quartiles of"
-        f" {options.rounds} rounds",
-        fontsize=12,
-    )
-    axes.legend(loc="upper left", fontsize=10.5, framealpha=0.95)
-    _name_points(axes, rows)
+    axes.set_title(f"{setting(result)}; bars: quartiles of {result.options.rounds} rounds", fontsize=12, wrap=True)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), fontsize=11, frameon=False)
     figure.tight_layout()
+    _name_line(axes, lowest)
+    _name_points(axes, rows)
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _name_line(axes, lowest: float) -> None:  # type: ignore[no-untyped-def]
+    """The meaning of the line along it, at the angle it has on the page."""
+    (left, low), (right, high) = axes.transData.transform([(1, 1), (lowest, 1 / lowest)])
+    axes.annotate(
+        "realised fraction 1: all of the saving arrives",
+        (lowest**0.45, lowest**-0.45),
+        (-4, 6),
+        textcoords="offset points",
+        rotation=math.degrees(math.atan2(high - low, right - left)),
+        rotation_mode="anchor",
+        ha="center",
+        fontsize=11,
+        color="#555555",
+    )
 
 
 def _name_points(axes, rows) -> None:  # type: ignore[no-untyped-def]
     """Names beside the points, pushed apart where the points are close."""
-    placed: list[float] = []
+    placed: list[tuple[float, float]] = []
     points = [(row, axes.transData.transform((row.mac_ratio, row.speed_up))) for row in rows]
-    for row, (_, y) in sorted(points, key=lambda point: point[1][1]):
-        height = y if not placed else max(y, placed[-1] + 34)  # pixels at 150 dpi: a line of text
-        placed.append(height)
+    for row, (x, y) in sorted(points, key=lambda point: point[1][1]):
+        height = y
+        for other_x, other in placed:
+            if abs(x - other_x) < 250:  # pixels at 150 dpi: a name is about as wide, and 34 high
+                height = max(height, other + 34)
+        placed.append((x, height))
         axes.annotate(
             TITLES[row.name],
             (row.mac_ratio, row.speed_up),

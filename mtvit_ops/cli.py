@@ -112,7 +112,7 @@ def _add_compare(commands: Any) -> None:
     compare.set_defaults(run=_run_compare)
     texts = {
         "photos": "files, or folders to search (default: free photographs that scikit-image installs)",
-        "models": f"methods to compare, separated by commas (default: all); {BASELINE}, the dense baseline, always runs",
+        "models": f"methods to compare, separated by commas (default: all); {BASELINE}, the dense one, always runs",
         "size": "of the backbone, as DeiT names them (default: %(default)s)",
         "mac_ratio": "share of the dense model's multiply-accumulates to calibrate to, above 0 up to 1 (default:"
         " %(default)s)",

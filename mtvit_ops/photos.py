@@ -121,8 +121,8 @@ def find_photos(paths: Sequence[str | Path]) -> Found:
 def load_photo(file: PhotoFile, img_size: int, view_size: int) -> Photo:
     """Read a photograph as the models want it.
 
-    The shorter side is resized (bicubic) to 256/224 of ``img_size``, the centre is cut out, and colours are
-    normalised with ImageNet's statistics. Its rotation tag is respected; grey, palette and 16-bit pictures become RGB, transparency
+    The shorter side is resized (bicubic) to 256/224 of ``img_size``, the centre is cut out, and colours are normalised
+    by ImageNet's statistics. Its rotation tag is respected; grey, palette and 16-bit pictures become RGB, transparency
     becomes white, and an animation its first frame.
 
     Args:

@@ -82,13 +82,20 @@ def plain_table(result: CompareResult, ascii_only: bool = False) -> str:
     return "\n".join([*lines[:2], rule, *lines[2:]])
 
 
+def setting(result: CompareResult) -> str:
+    """The models and how they were run, in one line."""
+    options = result.options
+    changes = "".join(f" {key}={value}" for key, value in options.overrides.items())
+    return f"ViT-{options.size}{changes}, batch {options.batch}, {options.dtype}, {result.device}"
+
+
 def header(result: CompareResult) -> str:
     """What was compared, in one line."""
     options, facts = result.options, result.environment
-    where = f"{result.device}, {facts['cpu']}, {facts['threads']} threads" if result.device == "cpu" else result.device
+    where = f" ({facts['cpu']}, {facts['threads']} threads)" if result.device == "cpu" else ""
     return (
-        f"{result.num_photos} photographs, ViT-{options.size}, batch {options.batch}, {options.dtype}, {where},"
-        f" torch {facts['torch']}, {options.rounds} interleaved rounds"
+        f"{result.num_photos} photographs, {setting(result)}{where}, torch {facts['torch']},"
+        f" {options.rounds} interleaved rounds"
     )
 
 

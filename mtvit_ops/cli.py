@@ -17,7 +17,7 @@ from .lineup import BASELINE, METHODS, TITLES
 _DEFAULTS = CompareOptions()
 
 _COMPARE_TEXT = """\
-Run the dense vision transformer and four adaptive ones on photographs, side by side.
+Run the dense vision transformer and four adaptive ones on photographs.
 
 Each adaptive method gets the dense model's weights and is calibrated to the
 same share of its multiply-accumulates (--mac-ratio). Before anything is timed,
@@ -41,7 +41,7 @@ examples:
   a folder, with trained weights:
     mtvit-ops compare photos/ --checkpoint all=deit_small_patch16_224.pth
   a folder of ten class folders, with top-1:
-    mtvit-ops compare val/ --checkpoint all=my.safetensors --override num_classes=10
+    mtvit-ops compare val/ --checkpoint all=my.pth --override num_classes=10
 
 top-1:
   shown if the folder has class sub-folders. Their sorted names are taken for

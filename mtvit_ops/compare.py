@@ -173,6 +173,7 @@ def _run(options: CompareOptions, progress: Progress, build: Build) -> CompareRe
         )
 
     notes = [*lineup.notes, "the baseline 'vit' is this package's dense ViT."]
+    notes += _load_notes(facts)
     notes += _sampling_notes(options, len(sample), wanted, num_photos)
     notes += _calibration_notes(calibrations)
     notes.append(f"top-1 not shown: {labels.reason}." if right is None else f"top-1 labels: {labels.reason}.")
@@ -247,6 +248,16 @@ def _count(model: VisionTransformer, batches: Sequence[Tensor]) -> tuple[float, 
         traces = [model(batch, return_trace=True)[1] for batch in batches]
     tokens = torch.cat([trace.tokens_per_block for trace in traces], dim=1).double().mean(dim=1)
     return macs, tuple(tokens.tolist())
+
+
+def _load_notes(facts: Mapping[str, Any]) -> list[str]:
+    load = facts["load_average"]
+    if load is None or load[0] < 0.5 * facts["usable_cpus"]:
+        return []
+    return [
+        f"other work was running (load average {load[0]:.1f} on {facts['usable_cpus']} CPUs before the start):"
+        " times are longer and more spread than on a quiet machine."
+    ]
 
 
 def _sampling_notes(options: CompareOptions, sample: int, timed: int, read: int) -> list[str]:

@@ -22,7 +22,7 @@ PACKAGE = Path(mtvit_ops.__file__).parent
 # cli -> train, engine -> patch -> methods -> nn -> ops -> {reference, kernels, _C}: a module imports from its own level
 # or from later ones. What is not named (models, checkpoints, flops, ...) stands beside train and engine.
 LEVELS = (
-    ("cli",),
+    ("cli", "__main__"),
     ("train", "engine"),
     ("patch",),
     ("methods",),

@@ -16,7 +16,7 @@ from ._backend import preferred_backend
 from .calibrate import Calibration, calibrate
 from .compare_options import DTYPES, CompareError, CompareOptions, find_device
 from .environment import environment
-from .equality import Equality, check_equality, rounding_tolerance
+from .equality import Equality, check_batches, rounding_tolerance
 from .flops import count_batch_macs
 from .lineup import BASELINE, Lineup, build_lineup
 from .nn import VisionTransformer
@@ -140,7 +140,7 @@ def _run(options: CompareOptions, progress: Progress, build: Build) -> CompareRe
     tolerance = rounding_tolerance(dense, images[:4])
     equalities: dict[str, Equality] = {}
     for name in progress.track(list(models), "checking that removal equals masking, and batch equals alone"):
-        equalities[name] = check_equality(name, models[name], images, tolerance)
+        equalities[name] = check_batches(name, models[name], batches, tolerance)
 
     counted = {name: _count(model, batches) for name, model in models.items()}
     memory = {name: peak_memory(partial(model, batches[0]), device) for name, model in models.items()}

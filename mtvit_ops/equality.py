@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,18 @@ def rounding_tolerance(dense: VisionTransformer, images: Tensor) -> float:
         wanted = exact(images.double())
         got = dense(images)
     return _ROUNDING_FACTOR * max(float(_error(got, wanted).max()), torch.finfo(images.dtype).eps)
+
+
+def check_batches(name: str, model: VisionTransformer, batches: Sequence[Tensor], tolerance: float) -> Equality:
+    """``check_equality`` on each batch; the largest errors of all."""
+    found = [check_equality(name, model, batch, tolerance) for batch in batches]
+    return Equality(
+        max(one.masking_error for one in found),
+        max(one.alone_error for one in found),
+        tolerance,
+        max(one.changed_decisions for one in found),
+        sum(one.images for one in found),
+    )
 
 
 def check_equality(name: str, model: VisionTransformer, images: Tensor, tolerance: float) -> Equality:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from .files import write_atomically
+from .photos import DEFAULT_PHOTOS
 
 if TYPE_CHECKING:
     from .compare import CompareResult, ModelResult
@@ -93,10 +94,8 @@ def header(result: CompareResult) -> str:
     """What was compared, in one line."""
     options, facts = result.options, result.environment
     where = f" ({facts['cpu']}, {facts['threads']} threads)" if result.device == "cpu" else ""
-    return (
-        f"{result.num_photos} photographs, {setting(result)}{where}, torch {facts['torch']},"
-        f" {options.rounds} interleaved rounds"
-    )
+    photos = f"{result.num_photos} photograph{'' if result.num_photos == 1 else 's'}"
+    return f"{photos}, {setting(result)}{where}, torch {facts['torch']}, {options.rounds} interleaved rounds"
 
 
 def footnotes(result: CompareResult) -> list[str]:
@@ -106,7 +105,7 @@ def footnotes(result: CompareResult) -> list[str]:
     ties = f" (near-ties decided up to {changed:.2%} of an image's tokens otherwise)" if changed else ""
     return [
         *result.notes,
-        f"checked before timing on {checked} photographs: removal equals masking, batch equals alone{ties}.",
+        f"checked before timing on the {checked} images timed: removal equals masking, batch equals alone{ties}.",
         "speed-up: ratio of the medians. realised fraction = (dense / adaptive time) / (dense / adaptive MACs);"
         " 1: the whole saving arrives.",
         f"peak: memory of one batch beyond weights and inputs, {result.rows[0].peak_memory.how}.",
@@ -144,6 +143,7 @@ def to_json(result: CompareResult) -> dict[str, Any]:
         "device": result.device,
         "photos": {
             "read": result.num_photos,
+            "free_photographs": None if result.options.photos else [photo._asdict() for photo in DEFAULT_PHOTOS],
             "sample": result.num_sample,
             "timed_images": result.num_timed,
             "problems": [{"path": path, "reason": reason} for path, reason in result.problems],

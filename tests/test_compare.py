@@ -146,7 +146,7 @@ def with_broken(method: EvoViT) -> Any:
 
 def test_a_model_that_depends_on_its_batch_is_not_timed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtvit_ops.compare.time_interleaved", lambda *_: pytest.fail("timed"))
-    with pytest.raises(UnequalError, match=r"evovit: photograph 0 in a batch of 3 differs"):
+    with pytest.raises(UnequalError, match=r"evovit: photograph 0 in a batch of 2 differs"):
         run_compare(tiny(folder), build=with_broken(Forgetful(EvoViT.config_class())))
 
 

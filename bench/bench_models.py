@@ -52,9 +52,7 @@ def adaptive_models(dense: VisionTransformer, images: Tensor) -> dict[str, Visio
 @pytest.mark.parametrize("batch", BATCHES, ids="B{}".format)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", ["small", "tiny"])
-def bench_models(
-    size: str, dtype: str, batch: int, compare: Callable[..., Any], smoke: bool, timm: Any
-) -> None:
+def bench_models(size: str, dtype: str, batch: int, compare: Callable[..., Any], smoke: bool, timm: Any) -> None:
     sizes = SIZES["smoke" if smoke else size]
     dense = create_model("vit_small_patch16_224", **sizes).eval()
     images = torch.randn(batch, 3, dense.config.img_size, dense.config.img_size)

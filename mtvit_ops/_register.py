@@ -20,7 +20,6 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 Kernel = Callable[..., Any]
 
 
-
 def register_op(
     name: str,
     schema: str,
@@ -99,6 +98,6 @@ def _native_kernel(name: str, native: Kernel | bool) -> Kernel:
             if start < 0:
                 raise
             # the native side cannot raise ValueError itself
-            raise ValueError(f"{name}: {text[start + len(VALUE_ERROR):].splitlines()[0]}") from None
+            raise ValueError(f"{name}: {text[start + len(VALUE_ERROR) :].splitlines()[0]}") from None
 
     return run

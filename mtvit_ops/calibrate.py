@@ -31,10 +31,10 @@ class Calibration(NamedTuple):
 def calibrate(model: VisionTransformer, images: Tensor, mac_ratio: float = 0.65) -> Calibration:
     """Set the method's cost field so that these images cost a given share of the dense model's operations.
 
-    The field is A-ViT's ``gate_center``, Evo-ViT's ``keep_ratios``, Life Regression's ``keep_ratio`` (its ``budgets`` are
-    unset) and MT-ViT's ``cost_weight`` (its ``force_tail`` is unset). It ends at the nearest cost that can be reached on
-    these images: token counts are whole numbers, and an MT-ViT has as many costs as images and tails allow. The rest of
-    the configuration, and all weights, stay.
+    The field is A-ViT's ``gate_center``, Evo-ViT's ``keep_ratios``, Life Regression's ``keep_ratio`` (its
+    ``budgets`` are unset) and MT-ViT's ``cost_weight`` (its ``force_tail`` is unset). It ends at the nearest cost
+    that can be reached on these images: token counts are whole numbers, and an MT-ViT has as many costs as images and
+    tails allow. The rest of the configuration, and all weights, stay.
 
     Args:
         model: any model of this package but the dense one; changed in place.

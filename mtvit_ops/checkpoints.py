@@ -97,7 +97,9 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Te
         raise ValueError(f"{what} is not a checkpoint: it holds {type(content).__name__}, not a state dict")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{what} is not a checkpoint: its entry {name!r} is a {type(value).__name__}, not a tensor")
+            raise ValueError(
+                f"{what} is not a checkpoint: its entry {name!r} is a {type(value).__name__}, not a tensor"
+            )
     return dict(content)
 
 

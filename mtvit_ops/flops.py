@@ -80,7 +80,9 @@ def _varlen_attention_flops(
 
 
 @register_flop_formula(torch.ops.mtvit_ops.varlen_attention_backward, get_raw=True)
-def _varlen_attention_backward_flops(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> int:
+def _varlen_attention_backward_flops(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
+) -> int:
     lengths = zip(args[2].diff().tolist(), args[3].diff().tolist())  # after out and lse
     pairs = sum(queries * keys for queries, keys in lengths)
     # the logits again and the gradients of q and k, then those of the probabilities and of v

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,13 +46,13 @@ class RaggedTokens(NamedTuple):
         """All tokens of a jagged ``torch.nested`` tensor (B, n, D), alive. Shares its memory."""
         if not isinstance(nested, Tensor) or not nested.is_nested or nested.layout != torch.jagged:
             raise TypeError(f"nested must be a nested tensor of layout torch.jagged, got {_kind(nested)}")
-        if nested.dim() != 3 or nested.lengths() is not None:
+        jagged: Any = nested  # its methods are on no stub
+        if nested.dim() != 3 or jagged.lengths() is not None:
             raise ValueError(f"nested must have shape (B, n, D) without holes, got {nested.dim()} dimensions")
         check_count("num_prefix_tokens", num_prefix_tokens)
-        offsets = nested.offsets().to(torch.int32)
         # a bound that the host knows without asking the device
-        longest = nested._max_seqlen if nested._maybe_max_seqlen is not None else nested.values().shape[0]
-        return cls(nested.values(), None, offsets, int(longest), num_prefix_tokens)
+        longest = jagged.values().shape[0] if jagged._maybe_max_seqlen is None else jagged._max_seqlen
+        return cls(jagged.values(), None, jagged.offsets().to(torch.int32), int(longest), num_prefix_tokens)
 
     @property
     def num_images(self) -> int:
@@ -76,7 +76,7 @@ class RaggedTokens(NamedTuple):
         return self._replace(rows=selection.rows, cu_seqlens=selection.cu_seqlens, max_seqlen=bound)
 
     def trimmed(self) -> RaggedTokens:
-        """Without the dead entries behind the live ones. On the CPU only: elsewhere, looking would wait for the device."""
+        """Without the dead entries behind the live ones; on the CPU only, since elsewhere looking would wait."""
         if self.x.device.type != "cpu":
             return self
         offsets = self.cu_seqlens.tolist()

@@ -31,6 +31,8 @@ SURFACE = {
         "has_extension",
         "list_models",
         "load_checkpoint",
+        "pack_weights",
+        "unpack_weights",
         "use_backend",
     ],
     mtvit_ops.ops: [
@@ -54,11 +56,14 @@ SURFACE = {
         "Block",
         "Method",
         "Mlp",
+        "PackedLinear",
         "PatchEmbed",
         "Trace",
         "ViTConfig",
         "VisionTransformer",
         "masked_twin",
+        "pack_weights",
+        "unpack_weights",
     ],
     mtvit_ops.methods: [
         "AViT",

@@ -1,4 +1,5 @@
-// halting_step on the CPU: one layer of A-ViT's halting in one pass over channel 0 of the live rows and the readout rows.
+// halting_step on the CPU: one layer of A-ViT's halting in one pass over channel 0 of the live rows and the readout
+// rows.
 //   x (R, D), rows (T,) or none (row i), cu_seqlens (B + 1,), readout_rows (P,)
 //   cumulative, remainder, ponder (R,) float32, counters (R,) int32, output (P, D) float32: the state, not written to
 // Entries past cu_seqlens[B] and dead ones (-1) are skipped; R, T, B or P may be 0. Images are independent, and so are
@@ -148,7 +149,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> halti
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
   m.def(
-      "halting_step(Tensor x, Tensor? rows, Tensor cu_seqlens, Tensor readout_rows, Tensor cumulative, Tensor remainder, "
+      "halting_step(Tensor x, Tensor? rows, Tensor cu_seqlens, Tensor readout_rows, Tensor cumulative, Tensor "
+      "remainder, "
       "Tensor ponder, Tensor counters, Tensor output, float gate_scale, float gate_center, float eps, bool last) -> "
       "(Tensor cumulative, Tensor remainder, Tensor ponder, Tensor counters, Tensor output, Tensor score, Tensor rows, "
       "Tensor cu_seqlens)");

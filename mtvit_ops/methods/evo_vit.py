@@ -27,7 +27,7 @@ class EvoViTConfig:
         mode: ``"stage"``: select at one third and at two thirds of the depth (inference); ``"layer"``: select anew
             before every pruned block (the authors' first training epochs).
         prune_cls: classify from the tokens alive at the end only.
-        pool: ``"mean"`` of the patch tokens (the authors' classifier), or the ``"class"`` token (for weights trained so).
+        pool: ``"mean"`` of the patch tokens (the authors' classifier), or the ``"class"`` token (weights trained so).
     """
 
     keep_ratios: float | tuple[float, ...] = 0.5
@@ -105,8 +105,8 @@ class EvoViT(Method):
         if tracing:
             return "class"
         # a block whose successor scores all tokens afresh, or after which nothing is selected, need not be scored
-        overwritten = index + 1 < len(self.tradeoffs) and self.tradeoffs[index + 1] == 1 and not any(
-            self.selects[: index + 2]
+        overwritten = (
+            index + 1 < len(self.tradeoffs) and self.tradeoffs[index + 1] == 1 and not any(self.selects[: index + 2])
         )
         return "class" if index < self.last_selection and not overwritten else None
 

@@ -128,12 +128,13 @@ class MTViT(Method):
     @torch.no_grad()
     def initialise_tails(self, model: VisionTransformer) -> None:
         """Derive the cheaper tails from the backbone's patch embedding and positions."""
-        weight, bias = model.patch_embed.proj.weight, model.patch_embed.proj.bias
-        for grid, (kernel, _), conv, table in zip(
-            self.config.grids, self.geometry, self.projections, self.pos_embeds
-        ):
-            conv.weight.copy_(resize_kernel(weight, kernel))
-            conv.bias.copy_(bias)
+        source = model.patch_embed.proj
+        for grid, (kernel, _), conv, table in zip(self.config.grids, self.geometry, self.projections, self.pos_embeds):
+            assert isinstance(conv, nn.Conv2d)
+            assert conv.bias is not None
+            assert source.bias is not None
+            conv.weight.copy_(resize_kernel(source.weight, kernel))
+            conv.bias.copy_(source.bias)
             table.copy_(resize_pos_embed(model.pos_embed, grid))
 
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, MTViTState]:

@@ -2,9 +2,9 @@
 
 from .attention import Attention
 from .block import Block
-from .method import Method
 from .linear import PackedLinear, pack_weights, unpack_weights
 from .masked import masked_twin
+from .method import Method
 from .mlp import Mlp
 from .patch_embed import PatchEmbed
 from .trace import Trace

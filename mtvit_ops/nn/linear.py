@@ -30,10 +30,14 @@ def linear(x: Tensor, layer: nn.Module, *, gelu: bool = False) -> Tensor:
     Equivalent PyTorch: ``F.gelu(layer(x)) if gelu else layer(x)``.
     """
     # a subclass of layer or weight (quantised, say) knows better how to multiply
-    if type(layer) in (nn.Linear, PackedLinear) and type(layer.weight) is nn.Parameter and _onednn_serves(x, layer.weight):
+    if (
+        type(layer) in (nn.Linear, PackedLinear)
+        and type(layer.weight) is nn.Parameter
+        and _onednn_serves(x, layer.weight)
+    ):
         weight = layer.packed_weight() if isinstance(layer, PackedLinear) else layer.weight
-        activation = ("gelu", [], "none") if gelu else ("none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, *activation)
+        name, algorithm = ("gelu", "none") if gelu else ("none", "")  # "none" is GELU by erf, not by tanh
+        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, name, [], algorithm)
     y = layer(x)
     return F.gelu(y) if gelu else y
 
@@ -66,6 +70,10 @@ class PackedLinear(nn.Module):
             self._packed = key, torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         return self._packed[1]
 
+    def __getstate__(self) -> dict[str, object]:
+        # the packed copy can neither be copied nor stored; it is made anew
+        return {**self.__dict__, "_packed": None}
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
@@ -73,8 +81,8 @@ class PackedLinear(nn.Module):
 def pack_weights(model: nn.Module) -> nn.Module:
     """Make every ``nn.Linear`` of a model a ``PackedLinear``, in place: faster CPU inference, most at small batches.
 
-    Works on any model, ours or not. Parameters and state dict stay what they are; memory grows by the size of the linear
-    weights at the first inference. Training and other devices run as before.
+    Works on any model, ours or not. Parameters and state dict stay what they are; memory grows by the size of the
+    linear weights at the first inference. Training and other devices run as before.
 
     Args:
         model: any module; layers of a subclass of ``nn.Linear`` are left alone.

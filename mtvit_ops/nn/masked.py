@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +54,13 @@ def masked_twin(model: VisionTransformer) -> VisionTransformer:
     """The model with shared weights and the same method, masking instead of removing.
 
     Args:
-        model: any model of this package. Where lists are never shortened (dense, MT-ViT) the twin does what the model does.
+        model: any model of this package. Where lists are never shortened (dense, MT-ViT) the twin is the model.
 
     Equal to ``model`` to float rounding, in logits and in every decision.
     """
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
-    twin.blocks = nn.ModuleList(MaskedBlock(block) for block in model.blocks)
+    twin.blocks = nn.ModuleList(MaskedBlock(cast(Block, block)) for block in model.blocks)
     return twin
 
 

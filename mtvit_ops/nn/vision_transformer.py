@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
         tokens, state = method.embed(self, images)
         first_rows = tokens.cu_seqlens[:-1].long()
         recorder = TraceRecorder() if return_trace else None
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(cast("list[Block]", self.blocks)):
             tokens, state = method.before_block(index, tokens, state)
             if recorder is not None:
                 recorder.enter(tokens)

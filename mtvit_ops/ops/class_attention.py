@@ -37,8 +37,8 @@ def class_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit; on the CPU also bad offsets.
 
-    Gradients flow to ``q_class``, ``k`` and ``key_bias``. Deterministic. No device synchronisation. Empty sequences have
-    no entry; entries past the last offset are 0.
+    Gradients flow to ``q_class``, ``k`` and ``key_bias``. Deterministic. No device synchronisation. Empty sequences
+    have no entry; entries past the last offset are 0.
 
     Equivalent PyTorch, for each sequence: ``softmax(einsum("hd,nhd->nh", q, k) * scale + key_bias, dim=0)``.
     """
@@ -66,10 +66,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     probabilities, q_class, k, cu_seqlens = ctx.saved_tensors
     max_seqlen, scale, bias = ctx.rest
     grad_q, grad_k, grad_bias = CLASS_ATTENTION_BACKWARD(grad, probabilities, q_class, k, cu_seqlens, max_seqlen, scale)
-    if bias is None:
-        grad_bias = None
-    else:
-        grad_bias = (grad_bias.sum(dim=1) if bias[0] == 1 else grad_bias).to(bias[1])
+    grad_bias = None if bias is None else (grad_bias.sum(dim=1) if bias[0] == 1 else grad_bias).to(bias[1])
     return grad_q, grad_k, None, None, None, grad_bias  # none for offsets, longest length and scale
 
 

@@ -91,8 +91,8 @@ def halting_step(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit; on the CPU also bad offsets or rows.
 
-    A sum of exactly ``1 - eps`` halts with weight 0, as in the authors' code. Gradients flow to x and the state's floats
-    through scores, remainder, ponder and output; which token halts is a constant. Deterministic. No device
+    A sum of exactly ``1 - eps`` halts with weight 0, as in the authors' code. Gradients flow to x and the state's
+    floats through scores, remainder, ponder and output; which token halts is a constant. Deterministic. No device
     synchronisation. Images may be empty.
 
     Equivalent PyTorch: see ``mtvit_ops.reference.halting_step``.
@@ -151,16 +151,15 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_cumulative, grad_remainder, grad_ponder, grad_output, grad_score, *ctx.saved_tensors, *ctx.gate
     )
     # none for rows, offsets, readout rows, counters and the gate's four numbers
-    return (
-        grad_x, None, None, None, grad_cumulative, grad_remainder, grad_ponder, None, grad_output, None, None, None, None,
-    )  # fmt: skip
+    sums = grad_cumulative, grad_remainder, grad_ponder, None, grad_output
+    return grad_x, None, None, None, *sums, None, None, None, None
 
 
 HALTING_STEP_BACKWARD = register_op(
     "halting_step_backward",
-    "(Tensor grad_cumulative, Tensor grad_remainder, Tensor grad_ponder, Tensor grad_output, Tensor grad_score, Tensor x,"
-    " Tensor? rows, Tensor cu_seqlens, Tensor readout_rows, Tensor cumulative, Tensor remainder, float gate_scale,"
-    " float gate_center, float eps, bool last) -> (Tensor, Tensor)",
+    "(Tensor grad_cumulative, Tensor grad_remainder, Tensor grad_ponder, Tensor grad_output, Tensor grad_score,"
+    " Tensor x, Tensor? rows, Tensor cu_seqlens, Tensor readout_rows, Tensor cumulative, Tensor remainder,"
+    " float gate_scale, float gate_center, float eps, bool last) -> (Tensor, Tensor)",
     reference=reference.halting_step_backward,
     fake=lambda grad_cumulative, grad_remainder, grad_ponder, grad_output, grad_score, x, *_: (
         torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -169,10 +168,10 @@ HALTING_STEP_BACKWARD = register_op(
 )
 HALTING_STEP = register_op(
     "halting_step",
-    "(Tensor x, Tensor? rows, Tensor cu_seqlens, Tensor readout_rows, Tensor cumulative, Tensor remainder, Tensor ponder,"
-    " Tensor counters, Tensor output, float gate_scale, float gate_center, float eps, bool last)"
-    " -> (Tensor cumulative, Tensor remainder, Tensor ponder, Tensor counters, Tensor output, Tensor score, Tensor rows,"
-    " Tensor cu_seqlens)",
+    "(Tensor x, Tensor? rows, Tensor cu_seqlens, Tensor readout_rows, Tensor cumulative, Tensor remainder,"
+    " Tensor ponder, Tensor counters, Tensor output, float gate_scale, float gate_center, float eps, bool last)"
+    " -> (Tensor cumulative, Tensor remainder, Tensor ponder, Tensor counters, Tensor output, Tensor score,"
+    " Tensor rows, Tensor cu_seqlens)",
     reference=reference.halting_step,
     fake=_fake,
     value_checks=_value_checks,

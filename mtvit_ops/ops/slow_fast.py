@@ -58,9 +58,7 @@ def slow_fast_merge(
     return SLOW_FAST_MERGE(x, weights, rows, cu_seqlens, max_seqlen, bool(normalize))
 
 
-def slow_fast_update(
-    x: Tensor, rows: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, increment: Tensor
-) -> Tensor:
+def slow_fast_update(x: Tensor, rows: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, increment: Tensor) -> Tensor:
     """Add each image's increment to its listed tokens: a new ``x``.
 
     Args:

@@ -69,12 +69,12 @@ def token_select(
         T - B * keep entries with an int ``keep``, else for T.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit, none or several of keep, threshold and mask; on
-            the CPU also bad offsets, a count beyond its image or below the prefix, a capacity too small. On a GPU
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, none or several of keep, threshold and mask;
+            on the CPU also bad offsets, a count beyond its image or below the prefix, a capacity too small. On a GPU
             counts are clamped to the image, and what exceeds the capacity is lost.
 
-    Integers: no gradient. Deterministic, with the tie rule above. No device synchronisation. Images may be empty, and may
-    lose every token.
+    Integers: no gradient. Deterministic, with the tie rule above. No device synchronisation. Images may be empty, and
+    may lose every token.
 
     Equivalent PyTorch, for one image and a count: ``rows[scores.topk(keep).indices.sort().values]``.
     """
@@ -93,7 +93,9 @@ def token_select(
     check_count("num_prefix_tokens", num_prefix_tokens)
     check_choice("order", order, ORDERS)
     if (keep is not None) + (threshold is not None) + (mask is not None) != 1:
-        names = [name for name, value in (("keep", keep), ("threshold", threshold), ("mask", mask)) if value is not None]
+        names = [
+            name for name, value in (("keep", keep), ("threshold", threshold), ("mask", mask)) if value is not None
+        ]
         raise ValueError(f"exactly one of keep, threshold and mask must be given, got {' and '.join(names) or 'none'}")
     if scores is None and mask is None:
         raise ValueError("scores must be given with keep or threshold, got None")
@@ -108,7 +110,9 @@ def token_select(
     elif keep is not None:
         check_count("keep", keep, num_prefix_tokens)
         if batch * keep > tokens:
-            raise ValueError(f"keep must be at most each image's tokens, got {keep} for {batch} images of {tokens} in all")
+            raise ValueError(
+                f"keep must be at most each image's tokens, got {keep} for {batch} images of {tokens} in all"
+            )
         count, room, dropped_room = keep, batch * keep, tokens - batch * keep
     if capacity is not None:
         check_count("capacity", capacity)
@@ -178,9 +182,12 @@ def _value_checks(
                 )
         kept = sum(counts)
     else:
-        chosen = mask if mask is not None else scores > threshold  # type: ignore[operator]
+        if mask is None:
+            assert scores is not None
+            assert threshold is not None
+            mask = scores > threshold
         kept = sum(
-            min(num_prefix_tokens, length) + int(chosen[start + num_prefix_tokens : start + length].sum())
+            min(num_prefix_tokens, length) + int(mask[start + num_prefix_tokens : start + length].sum())
             for start, length in zip(offsets, lengths)
         )
     if kept > capacity:
@@ -189,8 +196,9 @@ def _value_checks(
 
 TOKEN_SELECT = register_op(
     "token_select",
-    "(Tensor? scores, Tensor? rows, Tensor cu_seqlens, Tensor? mask, Tensor? keep_counts, SymInt keep, float? threshold,"
-    " int num_prefix_tokens, bool by_score, SymInt capacity, bool return_dropped, SymInt dropped_capacity)"
+    "(Tensor? scores, Tensor? rows, Tensor cu_seqlens, Tensor? mask, Tensor? keep_counts, SymInt keep,"
+    " float? threshold, int num_prefix_tokens, bool by_score, SymInt capacity, bool return_dropped,"
+    " SymInt dropped_capacity)"
     " -> (Tensor rows, Tensor cu_seqlens, Tensor dropped_rows, Tensor dropped_cu_seqlens)",
     reference=reference.token_select,
     fake=_fake,

@@ -83,8 +83,8 @@ def varlen_attention(
         (Tq, H, dv) in the dtype of ``q``; with ``scores`` a pair of it and (Tk, H) float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit; on the CPU also offsets that do not start at 0,
-            fall, or end beyond the tokens, and a ``max_seqlen`` below the longest sequence. On a GPU the values of
+        TypeError, ValueError: shapes, dtypes or devices that do not fit; on the CPU also offsets that do not start at
+            0, fall, or end beyond the tokens, and a ``max_seqlen`` below the longest sequence. On a GPU the values of
             offsets are not looked at.
 
     Softmax and sums are kept in float32 (float64 for float64). Gradients flow to q, k, v and ``key_bias`` (the sum over
@@ -150,11 +150,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_q, cu_k, bias = ctx.saved_tensors
-    grad_q, grad_k, grad_v, grad_bias = VARLEN_ATTENTION_BACKWARD(grad_out, q, k, v, out, lse, cu_q, cu_k, *ctx.sizes, bias)
-    if bias is None:
-        grad_bias = None
-    else:
-        grad_bias = (grad_bias.sum(dim=1) if bias.dim() == 1 else grad_bias).to(bias.dtype)
+    grad_q, grad_k, grad_v, grad_bias = VARLEN_ATTENTION_BACKWARD(
+        grad_out, q, k, v, out, lse, cu_q, cu_k, *ctx.sizes, bias
+    )
+    grad_bias = None if bias is None else (grad_bias.sum(dim=1) if bias.dim() == 1 else grad_bias).to(bias.dtype)
     # none for offsets, longest lengths, scale and the kind of scores
     return grad_q, grad_k, grad_v, None, None, None, None, None, grad_bias, None
 
@@ -163,7 +162,9 @@ def _refuses(q: Tensor, *_: Any) -> str | None:
     return "the native kernel takes no float64" if q.dtype == torch.float64 else None
 
 
-_SIZES = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, Tensor? key_bias"
+_SIZES = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, Tensor? key_bias"
+)
 VARLEN_ATTENTION_BACKWARD = register_op(
     "varlen_attention_backward",
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SIZES})"

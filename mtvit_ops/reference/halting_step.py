@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._segments import pick_rows, token_images, wide_dtype
+from ._segments import pick_rows, wide_dtype
 
 
 def halting_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 def ragged_patch_embed(
@@ -61,8 +62,8 @@ def ragged_patch_embed_backward(
         step, pad = strides[tail], paddings[tail]
         grid = [(side + 2 * pad - kernel) // step + 1 for side, kernel in zip(images.shape[2:], weight.shape[2:])]
         patches = patches.reshape(*patches.shape[:2], *grid)
-        grad_images += torch.nn.grad.conv2d_input(images.shape, weight, patches, step, pad)
-        grad_weights.append(torch.nn.grad.conv2d_weight(images, weight.shape, patches, step, pad))
+        grad_images += conv2d_input(images.shape, weight, patches, step, pad)
+        grad_weights.append(conv2d_weight(images, weight.shape, patches, step, pad))
         grad_biases.append(patches.sum(dim=(0, 2, 3)))
         grad_tables.append(tokens.sum(dim=0))
         grad_prefix += tokens[:, :num_prefix].sum(dim=0)

@@ -40,8 +40,12 @@ def slow_fast_merge_backward(
     # what stands past the last offset, NaN too, has no gradient
     grad_share = (grad_token * tokens).sum(dim=1).where(image < cu_seqlens.shape[0] - 1, 0.0)
     if normalize:
-        total = _of_image(_sum_by_image(weights.to(wide)[:, None], cu_seqlens, max_seqlen), cu_seqlens, weights.shape[0])[:, 0]
-        mean = _of_image(_sum_by_image((grad_share * share)[:, None], cu_seqlens, max_seqlen), cu_seqlens, weights.shape[0])[:, 0]
+        total = _of_image(
+            _sum_by_image(weights.to(wide)[:, None], cu_seqlens, max_seqlen), cu_seqlens, weights.shape[0]
+        )[:, 0]
+        mean = _of_image(
+            _sum_by_image((grad_share * share)[:, None], cu_seqlens, max_seqlen), cu_seqlens, weights.shape[0]
+        )[:, 0]
         grad_share = torch.where(total == 0, 0.0, (grad_share - mean) / total)
     if rows is not None:
         grad_x = put_rows(grad_x, rows, x.shape[0])
@@ -68,7 +72,9 @@ def slow_fast_update_backward(
     max_seqlen: int,
 ) -> Tensor:  # (B, D): the gradient of the increment; that of x is ``grad`` itself
     wide = wide_dtype(grad.dtype)
-    return _sum_by_image((grad if rows is None else pick_rows(grad, rows)).to(wide), cu_seqlens, max_seqlen).to(grad.dtype)
+    return _sum_by_image((grad if rows is None else pick_rows(grad, rows)).to(wide), cu_seqlens, max_seqlen).to(
+        grad.dtype
+    )
 
 
 def _shares(weights: Tensor, cu_seqlens: Tensor, max_seqlen: int, normalize: bool) -> Tensor:

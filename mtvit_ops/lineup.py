@@ -68,6 +68,8 @@ def build_lineup(
             _load(dense, "all", shared)
         models: dict[str, VisionTransformer] = {}
         for name in chosen:
+            # the same weights whichever other methods there are
+            torch.manual_seed(seed + METHODS.index(name))
             file = checkpoints.get(name)
             if name == "mtvit":
                 options[name].setdefault("grids", _default_grids(dense.config.grid_size))

@@ -12,6 +12,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
+# threads that wait asleep: on a shared machine, spinning ones slow everybody down, themselves included
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test bench lint clean setup
 setup: $(VENV)/.built
 

@@ -18,7 +18,7 @@ from shapes import (
 )
 from torch import Tensor
 
-from mtvit_ops import VisionTransformer, calibrate, create_method, create_model
+from mtvit_ops import VisionTransformer, calibrate, create_method, create_model, pack_weights
 from mtvit_ops.flops import count_batch_macs
 from mtvit_ops.nn import masked_twin
 
@@ -69,6 +69,8 @@ def bench_models(size: str, dtype: str, batch: int, compare: Callable[..., Any],
     inputs = images.to(DTYPES[dtype])
     for model in (baseline, *models.values()):
         model.to(DTYPES[dtype])
+    for model in models.values():
+        pack_weights(model)
     runs = {title: (lambda model=model: model(inputs)) for title, model in models.items()}
     compare(
         {"timm": lambda: baseline(inputs), **runs},

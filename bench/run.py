@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,6 @@ def main() -> int:
 
 def machine() -> dict[str, Any]:
     """Where and with what this was measured."""
-    import timm
-
     import mtvit_ops
 
     return {
@@ -71,7 +70,7 @@ def machine() -> dict[str, Any]:
         "isa": mtvit_ops.build_info().get("isa"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "timm": timm.__version__,
+        "timm": metadata.version("timm"),
         "mtvit_ops": mtvit_ops.__version__,
         "commit": commit(),
         "load": os.getloadavg()[0],

@@ -12,7 +12,7 @@ from torch import nn
 from .checkpoints import load_checkpoint
 from .methods import MTViT
 from .models import _METHODS, _default_grids, create_method, create_model
-from .nn import VisionTransformer, ViTConfig
+from .nn import VisionTransformer, ViTConfig, pack_weights
 
 BASELINE = "vit"
 METHODS = tuple(_METHODS)  # the baseline first
@@ -88,6 +88,8 @@ def build_lineup(
             if (file is not None or shared is not None) and own_untrained:
                 notes.append(f"{name}: {_several(own_untrained)} not in the checkpoint and untrained.")
             models[name] = model.to(device=device, dtype=dtype).eval()
+            if device.type == "cpu":
+                pack_weights(model)
     loaded = [name for name in chosen if name in checkpoints]
     untrained = shared is None and not loaded
     if untrained:
@@ -97,6 +99,8 @@ def build_lineup(
         notes.insert(
             0, f"untrained weights, since --checkpoint names none for them: {rest}; their choices mean nothing."
         )
+    if device.type == "cpu":
+        notes.append("linear weights are packed for the CPU (mtvit_ops.pack_weights), the dense model's too.")
     if shared is not None and len(chosen) > 1:
         notes.insert(0, "methods run on shared weights (--checkpoint all=...) that were not trained with them.")
     return Lineup(models, untrained, tuple(notes))

@@ -47,7 +47,9 @@ def register_op(
     """
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    cpp = _native_kernel(name, native) if native and _extension.has_extension() else None
+    cpp = None
+    if native and _extension.has_extension():
+        cpp = native if callable(native) else getattr(getattr(torch.ops, NATIVE_NAMESPACE), name).default
     _LIBRARY.impl(name, _cpu_kernel(name, reference, value_checks, cpp, refuses), "CPU")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
@@ -63,41 +65,31 @@ def _cpu_kernel(
     cpp: Kernel | None,
     refuses: Callable[..., str | None] | None,
 ) -> Kernel:
-    def run_reference(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
+        preferred = _backend.preferred_backend()
+        if cpp is not None and (preferred is None or preferred == "cpp"):
+            why = None if refuses is None else refuses(*args)
+            if why is None:
+                try:
+                    return cpp(*args)
+                except RuntimeError as error:
+                    raise _in_words(name, error) from None
+        elif cpp is None:
+            why = f"{preferred or 'cpp'} has no kernel for it"
+        else:
+            why = f"{preferred} does not serve CPU tensors"
+        if preferred != "reference":
+            level = logging.INFO if preferred is None else logging.WARNING
+            _backend.say_once(level, f"{name}: the reference serves on the CPU, since {why}")
         if value_checks is not None:
             value_checks(*args)
         return reference(*args)
 
-    def run(*args: Any) -> Any:
-        preferred = _backend.preferred_backend()
-        if preferred == "reference":
-            return run_reference(*args)
-        why = None if cpp is not None else f"{preferred or 'cpp'} has no kernel for it"
-        if why is None and preferred not in (None, "cpp"):
-            why = f"{preferred} does not serve CPU tensors"
-        if why is None and refuses is not None:
-            why = refuses(*args)
-        if why is None:
-            return cpp(*args)  # type: ignore[misc]
-        level = logging.INFO if preferred is None else logging.WARNING
-        _backend.say_once(level, f"{name}: the reference serves on the CPU, since {why}")
-        return run_reference(*args)
-
     return run
 
 
-def _native_kernel(name: str, native: Kernel | bool) -> Kernel:
-    kernel = native if callable(native) else getattr(getattr(torch.ops, NATIVE_NAMESPACE), name).default
-
-    def run(*args: Any) -> Any:
-        try:
-            return kernel(*args)
-        except RuntimeError as error:
-            text = str(error)
-            start = text.find(VALUE_ERROR)
-            if start < 0:
-                raise
-            # the native side cannot raise ValueError itself
-            raise ValueError(f"{name}: {text[start + len(VALUE_ERROR) :].splitlines()[0]}") from None
-
-    return run
+def _in_words(name: str, error: RuntimeError) -> Exception:
+    """The ValueError that the native side cannot raise itself, or the error as it is."""
+    text = str(error)
+    start = text.find(VALUE_ERROR)
+    return error if start < 0 else ValueError(f"{name}: {text[start + len(VALUE_ERROR) :].splitlines()[0]}")

@@ -128,7 +128,7 @@ def test_native_value_errors_become_value_errors() -> None:
     def kernel(text: str) -> None:
         raise RuntimeError(text)
 
-    run = _register._native_kernel("op", kernel)
+    run = _register._cpu_kernel("op", lambda _: "reference", None, kernel, None)
     with pytest.raises(ValueError, match=r"^op: rows must lie in"):
         run("Exception raised from f: mtvit_ops value error: rows must lie in [0, 3), got 4\nframe #0")
     with pytest.raises(RuntimeError, match=r"^out of memory$"):

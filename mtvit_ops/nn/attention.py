@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ..ops import varlen_attention
+from ..ops.varlen_attention import SCORES, VARLEN_ATTENTION
 from .linear import linear
 
 
@@ -23,6 +23,7 @@ class Attention(nn.Module):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide the width {dim}, got {num_heads}")
         self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -37,11 +38,11 @@ class Attention(nn.Module):
         """Attend within each image; with ``scores`` also what each token received (see ``ops.varlen_attention``)."""
         qkv = linear(x, self.qkv).unflatten(1, (3, self.num_heads, -1))  # (T, 3, H, d)
         q, k, v = qkv.unbind(1)
-        if scores is None:
-            out, received = varlen_attention(q, k, v, cu_seqlens, max_seqlen, key_bias=key_bias), None
-        else:
-            out, received = varlen_attention(q, k, v, cu_seqlens, max_seqlen, key_bias=key_bias, scores=scores)
-        return linear(out.flatten(1), self.proj), received
+        # the operator itself, not its door: see Block
+        out, _, received = VARLEN_ATTENTION(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, self.scale, key_bias, SCORES[scores]
+        )
+        return linear(out.flatten(1), self.proj), None if scores is None else received.detach()
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

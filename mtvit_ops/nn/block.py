@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ..ops import gather_layer_norm, scatter_residual, scatter_residual_
+from ..ops.gather_layer_norm import GATHER_LAYER_NORM
+from ..ops.scatter_residual import SCATTER_RESIDUAL, SCATTER_RESIDUAL_INPLACE
 from ..ragged import RaggedTokens
 from .attention import Attention
 from .mlp import Mlp
@@ -44,16 +45,29 @@ class Block(nn.Module):
 
         ``inplace`` writes into ``tokens.x``: for inference by whoever owns it.
         """
-        normed = gather_layer_norm(tokens.x, tokens.rows, self.norm1.weight, self.norm1.bias, self.norm1.eps)
-        y, received = self.attn(normed, tokens.cu_seqlens, tokens.max_seqlen, key_bias, scores)
-        return _add(tokens, y, inplace), received
+        y, received = self.attn(_normed(tokens, self.norm1), tokens.cu_seqlens, tokens.max_seqlen, key_bias, scores)
+        return _added(tokens, y, inplace), received
 
     def feed_forward(self, tokens: RaggedTokens, *, inplace: bool = False) -> RaggedTokens:
         """The MLP half on the live tokens; ``inplace`` as in ``attend``."""
-        normed = gather_layer_norm(tokens.x, tokens.rows, self.norm2.weight, self.norm2.bias, self.norm2.eps)
-        return _add(tokens, self.mlp(normed), inplace)
+        return _added(tokens, self.mlp(_normed(tokens, self.norm2)), inplace)
 
 
-def _add(tokens: RaggedTokens, y: Tensor, inplace: bool) -> RaggedTokens:
-    add = scatter_residual_ if inplace else scatter_residual
-    return tokens._replace(x=add(tokens.x, tokens.rows, y))
+# The operators themselves, not their doors: what is wrong here would have been wrong at the model's door.
+
+
+def _normed(tokens: RaggedTokens, norm: nn.LayerNorm) -> Tensor:
+    if tokens.rows is None:
+        return norm(tokens.x)
+    return GATHER_LAYER_NORM(tokens.x, tokens.rows, norm.weight, norm.bias, norm.eps)[0]
+
+
+def _added(tokens: RaggedTokens, y: Tensor, inplace: bool) -> RaggedTokens:
+    x, rows = tokens.x, tokens.rows
+    if not inplace:
+        return tokens._replace(x=x + y if rows is None else SCATTER_RESIDUAL(x, rows, y, None))
+    if rows is None:
+        x.add_(y)
+    else:
+        SCATTER_RESIDUAL_INPLACE(x, rows, y, None)
+    return tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -30,16 +31,37 @@ def linear(x: Tensor, layer: nn.Module, *, gelu: bool = False) -> Tensor:
     Equivalent PyTorch: ``F.gelu(layer(x)) if gelu else layer(x)``.
     """
     # a subclass of layer or weight (quantised, say) knows better how to multiply
-    if (
-        type(layer) in (nn.Linear, PackedLinear)
-        and type(layer.weight) is nn.Parameter
-        and _onednn_serves(x, layer.weight)
-    ):
-        weight = layer.packed_weight() if isinstance(layer, PackedLinear) else layer.weight
-        name, algorithm = ("gelu", "none") if gelu else ("none", "")  # "none" is GELU by erf, not by tanh
-        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, name, [], algorithm)
+    if type(layer) is PackedLinear or type(layer) is nn.Linear:
+        weight = layer.weight
+        if type(weight) is nn.Parameter and _onednn_serves(x, weight):
+            if type(layer) is PackedLinear:
+                weight = layer.packed_weight(weight)
+            return onednn_linear(x, weight, layer.bias, gelu)
     y = layer(x)
     return F.gelu(y) if gelu else y
+
+
+def linear_patches(images: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A convolution over patches that do not overlap, as what it is: a linear layer on each patch.
+
+    Args:
+        images: (B, C, H, W), sides that are multiples of the kernel.
+        conv: stride equal to its square kernel, no padding.
+
+    Returns:
+        (B, patches, out_channels), row by row.
+
+    Equivalent PyTorch: ``conv(images).flatten(2).transpose(1, 2)``.
+    """
+    weight = conv.weight
+    if not (type(weight) is nn.Parameter and _onednn_serves(images, weight)):
+        return conv(images).flatten(2).transpose(1, 2)
+    batch, channels, height, width = images.shape
+    side = weight.shape[-1]
+    grid = height // side, width // side
+    patches = images.reshape(batch, channels, grid[0], side, grid[1], side).permute(0, 2, 4, 1, 3, 5)
+    tokens = onednn_linear(patches.reshape(batch * grid[0] * grid[1], -1), weight.flatten(1), conv.bias)
+    return tokens.unflatten(0, (batch, -1))
 
 
 class PackedLinear(nn.Module):
@@ -58,11 +80,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not _onednn_serves(x, self.weight):
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed_weight(), self.bias, "none", [], "")
+        return onednn_linear(x, self.packed_weight(self.weight), self.bias)
 
-    def packed_weight(self) -> Tensor:
-        """The weight as the kernel wants it."""
-        weight = self.weight
+    def packed_weight(self, weight: Tensor) -> Tensor:
+        """``weight``, which is the layer's, as the kernel wants it."""
         if weight.is_inference():  # has no version to tell whether it changed
             return weight
         key = (weight.data_ptr(), weight._version, weight.dtype)
@@ -108,12 +129,25 @@ def unpack_weights(model: nn.Module) -> nn.Module:
     return model
 
 
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """The kernel itself, (T, in_features) to (T, out_features), for the dtypes it takes on this CPU."""
+    if gelu:  # "none" is GELU by erf, not by tanh
+        return _onednn_kernel()(x, weight, bias, "gelu", [], "none")
+    return _onednn_kernel()(x, weight, bias, "none", [], "")
+
+
+@cache
+def _onednn_kernel() -> Callable[..., Tensor]:
+    return torch.ops.mkldnn._linear_pointwise.default
+
+
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() == 0:
+    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() == 0:
         return False
-    if weight.dtype != x.dtype or torch.is_autocast_enabled("cpu"):
+    dtype = x.dtype
+    if weight.dtype is not dtype or torch.is_autocast_enabled("cpu"):
         return False
-    return x.dtype in _onednn_dtypes() and _backend.preferred_backend() != "reference"
+    return dtype in _onednn_dtypes() and _backend.preferred_backend() != "reference"
 
 
 @cache

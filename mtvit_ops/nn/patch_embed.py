@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .linear import linear_patches
+
 
 class PatchEmbed(nn.Module):
     """Non-overlapping patches through one convolution, with timm's parameter name ``proj``."""
@@ -13,4 +15,4 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N, D)
-        return self.proj(images).flatten(2).transpose(1, 2)
+        return linear_patches(images, self.proj)

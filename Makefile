@@ -25,7 +25,7 @@ test: setup
 	$(BIN)/python -m pytest tests -q $(TESTS)
 
 bench: setup
-	$(BIN)/python bench/run.py $(BENCH)
+	OMP_WAIT_POLICY=active $(BIN)/python bench/run.py $(BENCH)
 
 lint: setup
 	$(BIN)/ruff check .

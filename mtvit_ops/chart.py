@@ -105,23 +105,44 @@ def _name_line(axes, lowest: float) -> None:  # type: ignore[no-untyped-def]
 
 
 def _name_points(axes, rows) -> None:  # type: ignore[no-untyped-def]
-    """Names beside the points, pushed apart where the points are close."""
-    placed: list[tuple[float, float]] = []
-    points = [(row, axes.transData.transform((row.mac_ratio, row.speed_up))) for row in rows]
-    for row, (x, y) in sorted(points, key=lambda point: point[1][1]):
-        height = y
-        for other_x, other in placed:
-            if abs(x - other_x) < 250:  # pixels at 150 dpi: a name is about as wide, and 34 high
-                height = max(height, other + 34)
-        placed.append((x, height))
-        axes.annotate(
+    """Names beside their points, at the first place that is clear of every point, of other names and of the line."""
+    from matplotlib.transforms import Bbox
+
+    points = {row.name: axes.transData.transform((row.mac_ratio, row.speed_up)) for row in rows}
+    taken = [Bbox.from_bounds(x - 14, y - 14, 28, 28) for x, y in points.values()]  # pixels at 150 dpi
+    start, end = axes.transData.transform([(1, 1), (0.01, 100)])
+    steps = [start + (end - start) * share for share in (index / 2000 for index in range(2001))]
+    taken += [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in steps if axes.bbox.contains(x, y)]
+    pixel = 72 / axes.figure.dpi
+    for row in sorted(rows, key=lambda row: points[row.name][1]):
+        x, y = points[row.name]
+        text = axes.annotate(
             TITLES[row.name],
             (row.mac_ratio, row.speed_up),
-            (16, (height - y) * 72 / axes.figure.dpi - 4),
+            (0, 0),
             textcoords="offset points",
             fontsize=11,
             color=_MARKS[row.name][0],
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": _MARKS[row.name][0], "linewidth": 0.8, "shrinkA": 0, "shrinkB": 7},
         )
+        width, height = text.get_window_extent().size
+        for away in range(0, 400, 34):
+            places = [(24, -away), (-24 - width, -away), (24, away), (-24 - width, away), (-width / 2, -30 - away)]
+            boxes = [Bbox.from_bounds(x + dx, y + dy - height / 2, width, height) for dx, dy in places]
+            clear = [
+                (place, box)
+                for place, box in zip(places, boxes)
+                if axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) and axes.bbox.containsy(box.y0)
+                if axes.bbox.containsy(box.y1) and not box.count_overlaps(taken)
+            ]
+            if clear:
+                break
+        (dx, dy), box = clear[0] if clear else (places[0], boxes[0])
+        text.xyann = (dx * pixel, dy * pixel)
+        # a name next to its point or straight below needs no tie
+        text.arrow_patch.set_visible(abs(dy) >= 34 and dx != -width / 2)
+        taken.append(box)
 
 
 def _ticks(low: float, high: float, step: float) -> list[float]:

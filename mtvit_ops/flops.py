@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from .nn import VisionTransformer
 
@@ -53,6 +53,9 @@ def count_batch_macs(model: VisionTransformer, images: Tensor) -> float:
 
 def _count(model: VisionTransformer, images: Tensor) -> tuple[float, list[float]]:
     """Multiply-accumulates in all, and in each block."""
+    register_flop_formulas()
+    from torch.utils.flop_counter import FlopCounterMode
+
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(images)
@@ -65,12 +68,30 @@ def _count(model: VisionTransformer, images: Tensor) -> tuple[float, list[float]
     return sum(counts["Global"].values()) / 2, blocks
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+@cache
+def register_flop_formulas() -> None:
+    """Teach PyTorch's ``FlopCounterMode`` the ops of this package; ``count_macs`` does it by itself.
+
+    Attention and patch embedding are counted exactly, from the offsets and tails of the call, whose values are read.
+    Done on request because PyTorch's counter imports Triton, which importing this package must not.
+    """
+    from torch.utils.flop_counter import register_flop_formula
+
+    ops = torch.ops.mtvit_ops
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_onednn_linear_flops)
+    for op, formula in (
+        (ops.varlen_attention, _varlen_attention_flops),
+        (ops.varlen_attention_backward, _varlen_attention_backward_flops),
+        (ops.class_attention, _class_attention_flops),
+        (ops.ragged_patch_embed, _ragged_patch_embed_flops),
+    ):
+        register_flop_formula(op, get_raw=True)(formula)
+
+
 def _onednn_linear_flops(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * math.prod(x_shape) * weight_shape[0]
 
 
-@register_flop_formula(torch.ops.mtvit_ops.varlen_attention, get_raw=True)
 def _varlen_attention_flops(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *args: Any, **kwargs: Any
 ) -> int:
@@ -79,7 +100,6 @@ def _varlen_attention_flops(
     return 2 * pairs * q.shape[1] * (q.shape[2] + v.shape[2])
 
 
-@register_flop_formula(torch.ops.mtvit_ops.varlen_attention_backward, get_raw=True)
 def _varlen_attention_backward_flops(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
 ) -> int:
@@ -89,12 +109,10 @@ def _varlen_attention_backward_flops(
     return 2 * pairs * q.shape[1] * (3 * q.shape[2] + 2 * v.shape[2])
 
 
-@register_flop_formula(torch.ops.mtvit_ops.class_attention, get_raw=True)
 def _class_attention_flops(q_class: Tensor, k: Tensor, cu_seqlens: Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * int(cu_seqlens[-1]) * k.shape[1] * k.shape[2]
 
 
-@register_flop_formula(torch.ops.mtvit_ops.ragged_patch_embed, get_raw=True)
 def _ragged_patch_embed_flops(
     images: Tensor,
     tails: Tensor,

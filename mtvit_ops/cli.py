@@ -162,6 +162,7 @@ def _run_compare(options: argparse.Namespace) -> int:
     from .equality import UnequalError
     from .progress import show_progress
     from .report import print_report, write_json
+    from .viz import CHART_NAME
 
     labels = _read_labels(options.labels)
     out = _folder("--out", options.out)
@@ -194,9 +195,9 @@ def _run_compare(options: argparse.Namespace) -> int:
     print_report(result)
     try:
         if out is not None:
-            write_chart(result, out / "speed-up.png")
+            write_chart(result, out / CHART_NAME)
             write_json(result, out / "compare.json")
-            print(f"\n{len(result.pictures)} pictures, speed-up.png and compare.json are in {out}")
+            print(f"\n{len(result.pictures)} pictures, {CHART_NAME} and compare.json are in {out}")
         if json_file is not None:
             write_json(result, json_file)
     except OSError as error:

@@ -104,6 +104,7 @@ def _run(options: CompareOptions, progress: Progress, build: Build) -> CompareRe
         progress.say(f"{problem.path}: {problem.reason}")
     if not found.files:
         raise CompareError("photos: nothing to read is left")
+    _keep_apart(options.out, found)
     try:
         preferred_backend()
         lineup = build(
@@ -193,6 +194,16 @@ def _run(options: CompareOptions, progress: Progress, build: Build) -> CompareRe
         {**facts, "threads": torch.get_num_threads()},
         tuple(pictures),
     )
+
+
+def _keep_apart(out: str | None, found: Found) -> None:
+    """Pictures have their photographs' names: they would be written over them."""
+    if out is None:
+        return
+    folder = Path(out).resolve()
+    for file in found.files:
+        if folder in (file.path.absolute().parent.resolve(), file.path.resolve().parent):
+            raise CompareError(f"out must be a folder that holds none of the photographs, got {out!r} with {file.path}")
 
 
 def _every_photo(

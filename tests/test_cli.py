@@ -152,6 +152,18 @@ def test_checkpoints_are_shared_or_a_method_s_own(photos: Path, capsys: pytest.C
     assert "were not trained with them" in printed
 
 
+@pytest.mark.parametrize("given", ["photos", "photos/a.png", "photos/../photos/link.png"])
+def test_photographs_are_never_written_over(
+    given: str, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    (photos / "link.png").symlink_to(photos / "a.png")
+    before = (photos / "a.png").read_bytes()
+    assert call("compare", given, *TINY, "--out=photos") == 2
+    assert "out must be a folder that holds none of the photographs, got 'photos'" in capsys.readouterr().err
+    assert (photos / "a.png").read_bytes() == before
+
+
 def test_out_that_is_a_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("compare", photos, *TINY, "--out", photos / "a.png") == 2
     assert "argument --out: expected a folder" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ._extension import build_info
 from ._version import __version__
 from .compare_options import DTYPES, SIZES, CompareError, CompareOptions
 from .environment import describe_environment
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        _check_environment()
         return options.run(options)
     except KeyboardInterrupt:
         print("mtvit-ops: interrupted", file=sys.stderr)
@@ -75,6 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CompareError, ImportError) as error:
         print(f"mtvit-ops {options.command}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _check_environment() -> None:
+    try:
+        build_info()
+    except RuntimeError as error:  # MTVIT_OPS_ISA names what this CPU does not have
+        raise CompareError(str(error).splitlines()[0]) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,6 +171,7 @@ def _run_compare(options: argparse.Namespace) -> int:
     from .equality import UnequalError
     from .progress import show_progress
     from .report import print_report, write_json
+    from .viz import CHART_NAME
 
     labels = _read_labels(options.labels)
     out = _folder("--out", options.out)
@@ -194,9 +204,9 @@ def _run_compare(options: argparse.Namespace) -> int:
     print_report(result)
     try:
         if out is not None:
-            write_chart(result, out / "speed-up.png")
+            write_chart(result, out / CHART_NAME)
             write_json(result, out / "compare.json")
-            print(f"\n{len(result.pictures)} pictures, speed-up.png and compare.json are in {out}")
+            print(f"\n{len(result.pictures)} pictures, {CHART_NAME} and compare.json are in {out}")
         if json_file is not None:
             write_json(result, json_file)
     except OSError as error:
@@ -243,7 +253,11 @@ def _checkpoint(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals or not path or name not in (*METHODS, "all"):
         raise argparse.ArgumentTypeError(f"expected NAME=PATH with NAME out of {', '.join(METHODS)}, all; got {text!r}")
-    if not Path(path).is_file():
+    try:
+        is_file = Path(path).is_file()
+    except OSError as error:  # a name too long
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {path!r}: {error.strerror}") from error
+    if not is_file:
         raise argparse.ArgumentTypeError(f"expected NAME=PATH, and there is no file {path!r}")
     return name, path
 
@@ -272,6 +286,8 @@ def _folder(option: str, text: str | None) -> Path | None:
     """The folder, created: the work before the first file is long."""
     if text is None:
         return None
+    if not text:
+        raise CompareError(f"argument {option}: expected a folder or a place for one, got {text!r}")
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -104,6 +104,7 @@ def _run(options: CompareOptions, progress: Progress, build: Build) -> CompareRe
         progress.say(f"{problem.path}: {problem.reason}")
     if not found.files:
         raise CompareError("photos: nothing to read is left")
+    _keep_apart(options.out, found)
     try:
         preferred_backend()
         lineup = build(
@@ -119,6 +120,8 @@ def _run(options: CompareOptions, progress: Progress, build: Build) -> CompareRe
         raise CompareError(str(error)) from error
     models = lineup.models
     dense = models[BASELINE]
+    if dense.config.in_chans != 3:
+        raise CompareError(f"override 'in_chans' must be 3, as photographs are in colour, got {dense.config.in_chans}")
     reader = PhotoReader(dense.config.img_size, progress, problems)
     sample = reader.sample(found.files, max(options.sample, options.batch))
     if not sample:
@@ -195,6 +198,16 @@ def _run(options: CompareOptions, progress: Progress, build: Build) -> CompareRe
     )
 
 
+def _keep_apart(out: str | None, found: Found) -> None:
+    """Pictures have their photographs' names: they would be written over them."""
+    if out is None:
+        return
+    folder = Path(out).resolve()
+    for file in found.files:
+        if folder in (file.path.absolute().parent.resolve(), file.path.resolve().parent):
+            raise CompareError(f"out must be a folder that holds none of the photographs, got {out!r} with {file.path}")
+
+
 def _every_photo(
     options: CompareOptions,
     found: Found,
@@ -232,7 +245,10 @@ def _every_photo(
         if writer is not None:
             traces = {name: trace for name, (_, trace) in outputs.items()}
             for place, (_, photo) in enumerate(good):
-                writer.write(photo, images[place : place + 1], traces, place)
+                try:
+                    writer.write(photo, images[place : place + 1], traces, place)
+                except OSError as error:
+                    raise CompareError(f"out: cannot write the picture of {photo.file.path}: {error}") from error
     return right, [] if writer is None else writer.written, read, labels
 
 

@@ -11,6 +11,7 @@ import torch
 from .lineup import METHODS
 
 SIZES = ("tiny", "small", "base")
+_MOST_THREADS = 4096  # the thread library ends the process where the system gives it no more
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,6 +70,8 @@ class CompareOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CompareError(f"{name} must be >= 1, got {value}")
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise CompareError(f"threads must be in [1, {_MOST_THREADS}], got {self.threads}")
 
 
 def find_device(name: str) -> torch.device:

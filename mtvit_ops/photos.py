@@ -98,8 +98,13 @@ def find_photos(paths: Sequence[str | Path]) -> Found:
     problems: list[Problem] = []
     ignored: list[Path] = []
     for path in map(Path, paths):
-        if not path.is_dir():
-            if path.exists():
+        try:
+            is_folder, is_there = path.is_dir(), path.exists()
+        except OSError as error:  # a name too long, a folder that may not be entered
+            problems.append(Problem(str(path), f"cannot be read: {error.strerror}"))
+            continue
+        if not is_folder:
+            if is_there:
                 files.append(PhotoFile(path))
             else:
                 problems.append(Problem(str(path), "there is no such file or folder"))

@@ -158,7 +158,7 @@ def to_json(result: CompareResult) -> dict[str, Any]:
 def write_json(result: CompareResult, path: Path) -> None:
     """Write ``to_json`` into a file, all or nothing."""
     text = json.dumps(to_json(result), indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace") + b"\n"))
 
 
 def _model_to_json(row: ModelResult) -> dict[str, Any]:

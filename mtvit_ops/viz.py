@@ -26,6 +26,7 @@ _ANCHORS = ((26, 22, 84), (52, 76, 150), (86, 134, 160), (160, 180, 120), (253, 
 _COLOUR_SHARE = 0.6  # of an overlay; the rest is the photograph in grey
 _CONTRAST = 0.7  # of that grey
 _MARGIN, _HEADER, _FOOTER = 24, 92, 84  # pixels
+CHART_NAME = "speed-up.png"  # no photograph's picture may take it
 _INK, _QUIET, _PAPER = (20, 20, 20), (90, 90, 90), (255, 255, 255)
 
 
@@ -189,7 +190,7 @@ class PictureWriter:
     def _free_name(self, stem: str) -> Path:
         """Photographs of one name in several folders get a number each."""
         number, path = 1, self._folder / f"{stem}.png"
-        while path in self.written:
+        while path in self.written or path.name == CHART_NAME:
             number += 1
             path = self._folder / f"{stem}-{number}.png"
         return path

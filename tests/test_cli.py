@@ -63,10 +63,11 @@ def test_bad_photographs_are_named_and_the_others_processed(photos: Path, capsys
     (photos / "cut.png").write_bytes(good[: len(good) // 2])
     text = photos.parent / "letter.txt"
     text.write_text("Dear model,")
-    missing = photos.parent / "missing.jpg"
-    assert call("compare", photos, text, missing, *TINY[:-3], "--models=evovit", "--rounds=1") == 1
+    missing, long = photos.parent / "missing.jpg", photos.parent / f"{300 * 'x'}.jpg"
+    assert call("compare", photos, text, missing, long, *TINY[:-3], "--models=evovit", "--rounds=1") == 1
     printed = capsys.readouterr()
-    for path, reason in ((photos / "cut.png", "cannot be read"), (text, "not a picture"), (missing, "no such file")):
+    reasons = {photos / "cut.png": "cannot be read", text: "not a picture", missing: "no such file", long: "too long"}
+    for path, reason in reasons.items():
         assert any(str(path) in line and reason in line for line in printed.err.splitlines())
     assert printed.out.startswith("2 photographs")
     assert "evovit " in printed.out
@@ -103,6 +104,10 @@ WRONG = {
     "override-form": (["--override=depth"], ["--override", "KEY=VALUE", "'depth'"]),
     "override-field": (["--override=colour=1"], ["override", "'colour'", "depth"]),
     "override-value": (["--override=depth=deep"], ["depth must be an int", "str"]),
+    "override-channels": ([*TINY, "--override=in_chans=1"], ["'in_chans' must be 3", "got 1"]),
+    "threads": (["--threads=99999999999"], ["threads", "[1, 4096]", "99999999999"]),
+    "checkpoint-long": (["--checkpoint=all=" + 300 * "x"], ["--checkpoint", "NAME=PATH", "too long"]),
+    "out-nothing": (["--out="], ["--out", "a folder", "''"]),
     "labels": (["--labels=nothing.txt"], ["--labels", "text file", "'nothing.txt'"]),
     "json": (["--json=no/such/folder/x.json"], ["--json", "existing folder"]),
     "unknown-option": (["--fast"], ["--fast"]),
@@ -152,9 +157,43 @@ def test_checkpoints_are_shared_or_a_method_s_own(photos: Path, capsys: pytest.C
     assert "were not trained with them" in printed
 
 
+@pytest.mark.parametrize("given", ["photos", "photos/a.png", "photos/../photos/link.png"])
+def test_photographs_are_never_written_over(
+    given: str, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    (photos / "link.png").symlink_to(photos / "a.png")
+    before = (photos / "a.png").read_bytes()
+    assert call("compare", given, *TINY, "--out=photos") == 2
+    assert "out must be a folder that holds none of the photographs, got 'photos'" in capsys.readouterr().err
+    assert (photos / "a.png").read_bytes() == before
+
+
 def test_out_that_is_a_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("compare", photos, *TINY, "--out", photos / "a.png") == 2
     assert "argument --out: expected a folder" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: extra [demo]")
+    (photos.parent / "out" / "a.png").mkdir(parents=True)
+    assert call("compare", photos, *TINY, "--out", photos.parent / "out") == 2
+    assert "out: cannot write the picture" in capsys.readouterr().err
+
+
+def test_an_instruction_set_that_is_none(photos: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mtvit_ops", "env"],
+        cwd=Path(mtvit_ops.__file__).parent.parent,
+        env={**os.environ, "MTVIT_OPS_ISA": "z80"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mtvit_ops.has_extension():
+        assert done.returncode == 2
+        assert "error: MTVIT_OPS_ISA must be one of" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_failed_check_has_its_own_exit_code(

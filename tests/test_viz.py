@@ -119,9 +119,11 @@ def test_writer_numbers_photographs_of_one_name(tmp_path: Path) -> None:
     writer = PictureWriter(tmp_path / "new", models)
     for _ in range(2):
         writer.write(photo, images, traces, 0)
-    assert [path.name for path in writer.written] == ["cat.png", "cat-2.png"]
+    # the chart's name is taken
+    writer.write(photo._replace(file=PhotoFile(Path("speed-up.jpg"))), images, traces, 0)
+    assert [path.name for path in writer.written] == ["cat.png", "cat-2.png", "speed-up-2.png"]
     # nothing half-written stays behind
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["cat-2.png", "cat.png"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["cat-2.png", "cat.png", "speed-up-2.png"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

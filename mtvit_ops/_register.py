@@ -45,6 +45,7 @@ def register_op(
         refuses: a reason why the native kernel cannot take these arguments, or None.
         setup_context, backward: as ``torch.library.register_autograd`` takes them; None: not differentiable.
     """
+    reference, fake = _with_plain_strides(reference), _with_plain_strides(fake)
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     cpp = None
@@ -84,6 +85,20 @@ def _cpu_kernel(
         if value_checks is not None:
             value_checks(*args)
         return reference(*args)
+
+    return run
+
+
+def _with_plain_strides(function: Kernel) -> Kernel:
+    """The function with contiguous results, so that no result's strides depend on who computed it."""
+
+    def plain(result: Any) -> Any:
+        if isinstance(result, torch.Tensor):
+            return result.contiguous()
+        return result if result is None else type(result)(plain(entry) for entry in result)
+
+    def run(*args: Any) -> Any:
+        return plain(function(*args))
 
     return run
 

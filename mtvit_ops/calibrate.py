@@ -16,7 +16,7 @@ from .nn import VisionTransformer
 
 _STEPS = 30  # halvings of an interval
 _CLOSE = 5e-4  # no cost nearer to the target is worth another run
-_FAR = 1e4  # no gate centre beyond this changes any sigmoid
+_FAR = 1e4  # gate centres up to this, times the gate's slope, are searched
 
 
 class Calibration(NamedTuple):
@@ -47,7 +47,7 @@ def calibrate(model: VisionTransformer, images: Tensor, mac_ratio: float = 0.65)
     Raises:
         ValueError, TypeError: a dense model, no image, or a ratio outside (0, 1].
 
-    Runs the model some twenty times; waits for the device.
+    Runs the model some twenty times, an MT-ViT up to once for each image and pair of tails; waits for the device.
     """
     check_real("mac_ratio", mac_ratio, 0.0, 1.0, open_low=True)
     field = model.method.cost_field
@@ -71,7 +71,8 @@ def calibrate(model: VisionTransformer, images: Tensor, mac_ratio: float = 0.65)
         for value in _tail_weights(model, images):
             ratio_at(value)
     elif field == "gate_center":
-        _bisect(ratio_at, -_FAR, _FAR, mac_ratio, 0.0)
+        far = _FAR * max(1.0, abs(model.method.config.gate_scale))
+        _bisect(ratio_at, -far, far, mac_ratio, 0.0)
     else:
         # a keep ratio is never 0, and one token is the smallest step
         _bisect(ratio_at, 1e-6, 1.0, mac_ratio, 0.25 / model.config.num_patches)

@@ -73,7 +73,7 @@ def load_checkpoint(
     _check_fit(own, state, untrained)
     model.load_state_dict({**own, **state})
     if untrained and isinstance(model.method, MTViT):
-        model.method.initialise_tails(model)
+        model.method.initialise_tails(model, [name.removeprefix("method.") for name in untrained])
     settings = {} if not isinstance(model.method, AViT) else _gates(source, gate_scale, gate_center)
     if settings:
         model.method.config = dataclasses.replace(model.method.config, **settings)

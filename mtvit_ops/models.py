@@ -62,7 +62,9 @@ def create_model(
         options["grids"] = _default_grids(config.grid_size)
     model = VisionTransformer(config, create_method(method, **options))
     if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
+        # gates that were asked for win over those in a file's name
+        gates = {name: options[name] for name in ("gate_scale", "gate_center") if method == "avit" and name in options}
+        load_checkpoint(model, checkpoint, **gates)
     return model
 
 

@@ -15,26 +15,30 @@ namespace {
 
 // A parameter as contiguous float32: the tensor's own memory, or `copy`. No PyTorch call, which would cost a small
 // layer norm as much as its rows.
-const float* parameter(const char* name, const Tensor& t, const Tensor& x, std::vector<float>& copy) {
-  check_length(name, t, x.size(1));
-  MTVIT_CHECK(t.scalar_type() == x.scalar_type() || t.scalar_type() == ScalarType::Float, name,
+const float* parameter(const char* name, const Tensor& given, const Tensor& x, std::vector<float>& copy,
+                       std::optional<Tensor>& packed) {
+  check_length(name, given, x.size(1));
+  MTVIT_CHECK(given.scalar_type() == x.scalar_type() || given.scalar_type() == ScalarType::Float, name,
               " must be float32 or have x's dtype");
-  MTVIT_CHECK(t.is_contiguous(), name, " must be contiguous");
+  if (!given.is_contiguous()) packed = torch::stable::contiguous(given);
+  const Tensor& t = packed ? *packed : given;
   if (t.scalar_type() == ScalarType::Float) return data<float>(t);
   copy.resize(static_cast<size_t>(t.size(0)));
   kernels().to_float32(check_dtype(name, t), t.data_ptr(), copy.data(), t.size(0));
   return copy.data();
 }
 
-std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& x, std::optional<Tensor> rows, const Tensor& weight,
-                                                     const Tensor& bias, double eps) {
-  check_dim("x", x, 2, "(R, D)");
+std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& tokens, std::optional<Tensor> rows,
+                                                     const Tensor& weight, const Tensor& bias, double eps) {
+  check_dim("x", tokens, 2, "(R, D)");
+  // a last stride other than 1 costs a copy
+  const Tensor x = tokens.size(1) <= 1 || tokens.stride(1) == 1 ? tokens : torch::stable::contiguous(tokens);
   const Dtype dtype = check_dtype("x", x);
   const int64_t d = x.size(1);
-  MTVIT_CHECK(d <= 1 || x.stride(1) == 1, "x must be contiguous in its last dimension");
   std::vector<float> weight_copy, bias_copy;
-  const float* weights = parameter("weight", weight, x, weight_copy);
-  const float* biases = parameter("bias", bias, x, bias_copy);
+  std::optional<Tensor> weight_packed, bias_packed;
+  const float* weights = parameter("weight", weight, x, weight_copy, weight_packed);
+  const float* biases = parameter("bias", bias, x, bias_copy, bias_packed);
   Tensor list;
   if (rows) {
     list = int32_vector("rows", *rows);

@@ -82,14 +82,15 @@ void run(const Gate& gate, const State& s, const Tensor& x, const int32_t* rows,
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> halting_step(
-    const Tensor& x, std::optional<Tensor> rows, const Tensor& cu_seqlens, const Tensor& readout_rows,
+    const Tensor& tokens, std::optional<Tensor> rows, const Tensor& cu_seqlens, const Tensor& readout_rows,
     const Tensor& cumulative, const Tensor& remainder, const Tensor& ponder, const Tensor& counters,
     const Tensor& output, double gate_scale, double gate_center, double eps, bool last) {
-  check_dim("x", x, 2, "(R, D)");
+  check_dim("x", tokens, 2, "(R, D)");
+  // a last stride other than 1 costs a copy
+  const Tensor x = tokens.size(1) <= 1 || tokens.stride(1) == 1 ? tokens : torch::stable::contiguous(tokens);
   const Dtype dtype = check_dtype("x", x);
   const int64_t num_rows = x.size(0), d = x.size(1);
   MTVIT_CHECK(d >= 1, "x must have at least one channel, got ", shape_of(x));
-  MTVIT_CHECK(d == 1 || x.stride(1) == 1, "x must be contiguous in its last dimension");
   const Tensor cu = cu_seqlens_vector("cu_seqlens", cu_seqlens);
   const Tensor readout = int32_vector("readout_rows", readout_rows);
   const int64_t batch = cu.size(0) - 1, num_readout = readout.size(0);

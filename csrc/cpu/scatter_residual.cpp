@@ -3,6 +3,7 @@
 // R, D or T may be 0; a dead entry (-1) is skipped. The live entries of rows must differ: then threads write disjoint
 // rows. Multiplied and added in float32 and rounded once.
 #include <optional>
+#include <utility>
 
 #include "../checks.h"
 
@@ -10,6 +11,19 @@
 
 namespace mtvit_ops {
 namespace {
+
+// Whether two matrices with a last stride of 1 share memory, or might.
+bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto range = [](const Tensor& t) {
+    const auto* first = static_cast<const char*>(t.data_ptr());
+    const int64_t last = (t.size(0) - 1) * t.stride(0) + t.size(1);
+    return std::make_pair(first, first + last * static_cast<int64_t>(t.element_size()));
+  };
+  const auto [a_first, a_end] = range(a);
+  const auto [b_first, b_end] = range(b);
+  return a_first < b_end && b_first < a_end;
+}
 
 void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, std::optional<Tensor> scale) {
   check_dim("x", x, 2, "(R, D)");
@@ -33,8 +47,9 @@ void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, st
     (per_column ? t.column_scale : t.row_scale) = data<float>(factors);
   }
   if (rows) check_rows(data<int32_t>(list), count, x.size(0));
-  // a last stride other than 1 costs a copy
-  const Tensor step = d <= 1 || y.stride(1) == 1 ? y : torch::stable::contiguous(y);
+  // a last stride other than 1 costs a copy, and so does a y that lies in the memory being written
+  Tensor step = d <= 1 || y.stride(1) == 1 ? y : torch::stable::contiguous(y);
+  if (overlap(x, step)) step = torch::stable::clone(step);
   t.dtype = dtype;
   t.x = x.data_ptr();
   t.rows = rows ? data<int32_t>(list) : nullptr;

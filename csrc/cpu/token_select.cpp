@@ -132,10 +132,9 @@ void select_image(const Selection& s, const S* scores, int64_t b) {
 }
 
 void check_counts(const Selection& s) {
-  const char* name = s.keep_counts ? "keep_counts" : "keep";
   for (int64_t b = 0; b < s.batch; ++b) {
-    MTVIT_CHECK_VALUE(s.wanted(b) >= s.prefix(b) && s.wanted(b) <= s.length(b), name, " must lie in [", s.prefix(b),
-                      ", ", s.length(b), "] for image ", b, " (its prefix, its length), got ", s.wanted(b));
+    MTVIT_CHECK_VALUE(s.wanted(b) >= s.prefix(b) && s.wanted(b) <= s.length(b), "keep must lie in [", s.prefix(b), ", ",
+                      s.length(b), "] for image ", b, " (its prefix, its length), got ", s.wanted(b));
   }
 }
 

@@ -21,12 +21,12 @@ class EvoViTConfig:
     """
     Attributes:
         keep_ratios: share of the patches that go through each block, (0, 1]: one number for all blocks after the first
-            third, which stay dense, or one a block.
+            third, which stay dense, or one a block, of which stage mode reads those where it selects.
         tradeoffs: weight of a block's own class attention in the evolving score, [0, 1]: one number for all blocks
             after the first third, where it is 1, or one a block.
         mode: ``"stage"``: select at one third and at two thirds of the depth (inference); ``"layer"``: select anew
             before every pruned block (the authors' first training epochs).
-        prune_cls: classify from the tokens alive at the end only.
+        prune_cls: classify from the patches alive at the end only; if none is, from all.
         pool: ``"mean"`` of the patch tokens (the authors' classifier), or the ``"class"`` token (weights trained so).
     """
 
@@ -80,6 +80,8 @@ class EvoViT(Method):
             self.selects = tuple(index in starts and any(pruned) for index in range(depth))
         self.kept_patches = tuple(int(num_patches * ratio) for ratio in self.keep_ratios)
         chooses = (index for index in range(depth) if self.selects[index] and self.kept_patches[index] < num_patches)
+        # the first block has nothing to trade off with
+        self.tradeoffs = (1.0, *self.tradeoffs[1:])
         self.last_selection = max(chooses, default=-1)
 
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, EvoViTState]:
@@ -132,8 +134,9 @@ class EvoViT(Method):
     def readout(self, first_rows: Tensor, tokens: RaggedTokens, state: EvoViTState) -> Tensor:
         if self.config.prune_cls and self.config.pool == "mean" and len(first_rows) > 0:
             # every image keeps the same number of tokens
-            alive = tokens.packed().reshape(len(first_rows), -1, tokens.x.shape[1])
-            return alive[:, tokens.num_prefix_tokens :].mean(dim=1)
+            alive = tokens.packed().reshape(len(first_rows), -1, tokens.x.shape[1])[:, tokens.num_prefix_tokens :]
+            if alive.shape[1] > 0:
+                return alive.mean(dim=1)
         return pool_tokens(tokens.x, first_rows, tokens.num_prefix_tokens, self.config.pool)
 
     def extras(self, first_rows: Tensor, states: list[EvoViTState]) -> dict[str, Tensor]:

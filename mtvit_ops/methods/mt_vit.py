@@ -7,6 +7,7 @@ are not public; the grids, the tails' convolutions (those of DVT), the predictor
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -126,16 +127,20 @@ class MTViT(Method):
         self.relative_costs = tuple((cost + predictor) / costs[-1] for cost in costs)
 
     @torch.no_grad()
-    def initialise_tails(self, model: VisionTransformer) -> None:
-        """Derive the cheaper tails from the backbone's patch embedding and positions."""
+    def initialise_tails(self, model: VisionTransformer, names: Sequence[str] | None = None) -> None:
+        """Derive the cheaper tails, or those of their parameters that are named, from the dearest one."""
         source = model.patch_embed.proj
-        for grid, (kernel, _), conv, table in zip(self.config.grids, self.geometry, self.projections, self.pos_embeds):
+        tails = zip(self.config.grids, self.geometry, self.projections, self.pos_embeds)
+        for index, (grid, (kernel, _), conv, table) in enumerate(tails):
             assert isinstance(conv, nn.Conv2d)
             assert conv.bias is not None
             assert source.bias is not None
-            conv.weight.copy_(resize_kernel(source.weight, kernel))
-            conv.bias.copy_(source.bias)
-            table.copy_(resize_pos_embed(model.pos_embed, grid))
+            if names is None or f"projections.{index}.weight" in names:
+                conv.weight.copy_(resize_kernel(source.weight, kernel))
+            if names is None or f"projections.{index}.bias" in names:
+                conv.bias.copy_(source.bias)
+            if names is None or f"pos_embeds.{index}" in names:
+                table.copy_(resize_pos_embed(model.pos_embed, grid))
 
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, MTViTState]:
         config = self.config

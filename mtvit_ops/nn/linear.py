@@ -75,7 +75,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
-        self._packed: tuple[object, Tensor] | None = None
+        self._packed: tuple[object, Tensor, Tensor] | None = None  # key, packed weight, weight it is made from
 
     def forward(self, x: Tensor) -> Tensor:
         if not _onednn_serves(x, self.weight):
@@ -88,7 +88,8 @@ class PackedLinear(nn.Module):
             return weight
         key = (weight.data_ptr(), weight._version, weight.dtype)
         if self._packed is None or self._packed[0] != key:
-            self._packed = key, torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            source = weight.detach()  # kept, so that no other weight can come to lie at its address
+            self._packed = key, torch.ops.mkldnn._reorder_linear_weight(source), source
         return self._packed[1]
 
     def __getstate__(self) -> dict[str, object]:
@@ -102,8 +103,9 @@ class PackedLinear(nn.Module):
 def pack_weights(model: nn.Module) -> nn.Module:
     """Make every ``nn.Linear`` of a model a ``PackedLinear``, in place: faster CPU inference, most at small batches.
 
-    Works on any model, ours or not. Parameters and state dict stay what they are; memory grows by the size of the
-    linear weights at the first inference. Training and other devices run as before.
+    Works on any model, ours or not; layers with hooks, or whose weight is computed (``torch.nn.utils.prune``), are left
+    alone. Parameters and state dict stay what they are; memory grows by the size of the linear weights at the first
+    inference. Training and other devices run as before.
 
     Args:
         model: any module; layers of a subclass of ``nn.Linear`` are left alone.
@@ -113,9 +115,15 @@ def pack_weights(model: nn.Module) -> nn.Module:
     """
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and _is_plain(child):
                 setattr(parent, name, PackedLinear(child).train(child.training))
     return model
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether the layer's own parameters and nothing else say what it computes."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return {"weight", "bias"} <= layer._parameters.keys() and not any(hooks)
 
 
 def unpack_weights(model: nn.Module) -> nn.Module:
@@ -142,7 +150,9 @@ def _onednn_kernel() -> Callable[..., Tensor]:
 
 
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
-    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() == 0:
+    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if x.numel() == 0 or weight.numel() == 0:
         return False
     dtype = x.dtype
     if weight.dtype is not dtype or torch.is_autocast_enabled("cpu"):

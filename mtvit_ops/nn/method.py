@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..ragged import RaggedTokens
 
 if TYPE_CHECKING:
-    from .vision_transformer import VisionTransformer
+    from .vision_transformer import VisionTransformer, ViTConfig
 
 
 class Method(nn.Module):
@@ -25,9 +25,10 @@ class Method(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self.model_config: ViTConfig | None = None  # of the models that it runs
 
     def attach(self, model: VisionTransformer) -> None:
-        """Check the configuration against the model and create parameters; called once, by the model."""
+        """Check the configuration against the model and create parameters; called by each model that it runs."""
 
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, Any]:
         """Images to live tokens, and the method's state before the first block."""

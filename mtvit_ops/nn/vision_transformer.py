@@ -89,7 +89,9 @@ class VisionTransformer(nn.Module):
         self.apply(_init_linear)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        _check_unattached(method, config)
         method.attach(self)
+        method.model_config = config
         self.method = method
 
     @overload
@@ -146,12 +148,20 @@ class VisionTransformer(nn.Module):
 
     def with_method(self, method: Method) -> VisionTransformer:
         """The same weights, shared, run by another method."""
+        _check_unattached(method, self.config)
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
         method.attach(twin)
+        method.model_config = self.config
         method.to(device=self.cls_token.device, dtype=self.cls_token.dtype)
         twin.method = method.train(self.training)
         return twin
+
+
+def _check_unattached(method: Method, config: ViTConfig) -> None:
+    """A method may serve several models, but only of one size: its parameters and counts depend on it."""
+    if method.model_config not in (None, config):
+        raise ValueError(f"method must be new, got a {type(method).__name__} that runs a model of other sizes")
 
 
 def _init_linear(module: nn.Module) -> None:

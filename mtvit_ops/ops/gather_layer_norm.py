@@ -17,7 +17,7 @@ def gather_layer_norm(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tens
     """Normalise the rows named by ``rows`` and pack them.
 
     Args:
-        x: residual stream, (R, D), float32, bfloat16, float16 or float64, last stride 1.
+        x: residual stream, (R, D), float32, bfloat16, float16 or float64; a last stride of 1 is fastest.
         rows: rows to read, (T,), int32, each in [0, R), every row at most once; -1 marks a dead entry, whose output is
             0. None: all R rows.
         weight, bias: affine parameters, (D,), dtype of ``x`` or float32.

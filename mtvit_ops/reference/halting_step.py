@@ -83,7 +83,8 @@ def _gate(
     if rows is None:
         alive = torch.arange(num_rows, device=x.device) < cu_seqlens[-1]
     else:
-        place = rows.where(rows >= 0, num_rows).long()
+        live = (torch.arange(rows.shape[0], device=x.device) < cu_seqlens[-1]) & (rows >= 0)
+        place = rows.where(live, num_rows).long()
         alive = torch.zeros(num_rows + 1, dtype=torch.bool, device=x.device).index_fill(0, place, True)[:num_rows]
     score = torch.sigmoid(x[:, 0].to(wide_dtype(x.dtype)) * gate_scale - gate_center)
     score = score.where(alive, 0.0)
@@ -94,7 +95,8 @@ def _next_rows(rows: Tensor | None, cu_seqlens: Tensor, going: Tensor) -> tuple[
     """The entries that stay, packed, -1 behind them, and their offsets."""
     if rows is None:
         rows = torch.arange(going.shape[0], dtype=torch.int32, device=going.device)
-    stays = pick_rows(going.long(), rows).bool() & (rows >= 0)
+    live = torch.arange(rows.shape[0], device=rows.device) < cu_seqlens[-1]
+    stays = pick_rows(going.long(), rows).bool() & (rows >= 0) & live
     before = torch.nn.functional.pad(torch.cumsum(stays, 0), (1, 0))  # (T + 1,)
     slot = before[:-1].where(stays, rows.shape[0])
     packed = rows.new_full((rows.shape[0] + 1,), -1).scatter(0, slot, rows)[:-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -321,9 +322,26 @@ def test_a_state_that_does_not_fit(case: str, method: str) -> None:
 
 
 def test_bad_entries_of_a_state_dict() -> None:
-    for state in ({3: torch.ones(2)}, {"head.weight": [1.0]}, {}):
+    hollow, sparse = torch.ones(2, device="meta"), torch.ones(2).to_sparse()
+    odd = [{"head.weight": value} for value in ([1.0], hollow, sparse, torch.ones(2) + 0j)]
+    for state in ({3: torch.ones(2)}, {}, *odd):
         with pytest.raises(ValueError, match="source is not a checkpoint"):
             load_checkpoint(target("vit"), state)
+
+
+@pytest.mark.parametrize("gate", [math.nan, 1e10, "30"])
+def test_a_gate_that_is_none_leaves_the_model(gate: Any) -> None:
+    model = target("avit")
+    before = bits(model)
+    with pytest.raises((ValueError, TypeError), match="gate_center must be"):
+        load_checkpoint(model, dense_state(), gate_center=gate)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 32), (2, 17, 32)], ids=["no-square", "two"])
+def test_positions_that_cannot_be_resized(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="pos_embed must have shape"):
+        load_checkpoint(target("vit"), dense_state() | {"pos_embed": torch.ones(shape)}, resize_positions=True)
 
 
 # dense weights into the methods

@@ -133,7 +133,8 @@ class EvoViT(Method):
         if self.config.prune_cls and self.config.pool == "mean" and len(first_rows) > 0:
             # every image keeps the same number of tokens
             alive = tokens.packed().reshape(len(first_rows), -1, tokens.x.shape[1])
-            return alive[:, tokens.num_prefix_tokens :].mean(dim=1)
+            patches = alive[:, tokens.num_prefix_tokens :]
+            return patches.sum(dim=1) / max(patches.shape[1], 1)  # 0 where every patch was dropped
         return pool_tokens(tokens.x, first_rows, tokens.num_prefix_tokens, self.config.pool)
 
     def extras(self, first_rows: Tensor, states: list[EvoViTState]) -> dict[str, Tensor]:

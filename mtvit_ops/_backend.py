@@ -27,12 +27,16 @@ class Availability(NamedTuple):
     reason: str
 
 
-@cache
 def available_backends() -> dict[str, Availability]:
     """Every backend by name with whether it can serve here, and the reason in words.
 
     Touches neither CUDA nor Triton: it says what is installed, not what a GPU would do.
     """
+    return dict(_backends())
+
+
+@cache
+def _backends() -> dict[str, Availability]:
     error = _extension.extension_error()
     triton = "its kernels are not part of this version"
     if importlib.util.find_spec("triton") is None:

@@ -22,7 +22,7 @@ class AViTConfig:
         gate_scale: slope of the gate on channel 0 of a token (the paper's gamma); 10 in the authors' checkpoints.
         gate_center: shift of the gate (minus the paper's beta); 30 in the authors' tiny, 75 in their small checkpoint.
             Larger: tokens live longer.
-        eps: a token halts once its scores reach 1 - eps, in (0, 1).
+        eps: a token halts once its scores reach 1 - eps, in (0, 1].
         stop_with_class: drop a whole image once its class token has halted. The logits are the same; counters and
             ponder of the image's other tokens then stand where they stood.
     """

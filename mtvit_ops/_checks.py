@@ -71,6 +71,12 @@ def check_count(name: str, value: Any, minimum: int = 0, maximum: int | None = N
         raise ValueError(f"{name} must be {span}, got {value}")
 
 
+def check_last_stride(name: str, value: Tensor) -> None:
+    """A tensor whose last dimension is contiguous, for kernels that read it in place."""
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name} must have a last stride of 1, got strides {tuple(value.stride())}")
+
+
 def check_sequence(name: str, value: Any) -> None:
     """A tuple or list."""
     if not isinstance(value, (tuple, list)):

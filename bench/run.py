@@ -98,8 +98,8 @@ def tables(result: dict[str, Any]) -> str:
     lines = [
         f"{facts['cpu']}, {facts['cores']} cores, {' and '.join(map(str, threads))} threads, {facts['isa']}; torch"
         f" {facts['torch']}, timm {facts['timm']}, mtvit_ops {facts['mtvit_ops']} at {facts['commit']}. Random weights,"
-        f" inference; all columns of a row timed in turn in one process, medians of {rows[0]['rounds']} rounds,"
-        " ratios paired by round.",
+        " inference, our linear weights packed (`pack_weights`), timm as it is; all columns of a row timed in turn in"
+        f" one process, medians of {rows[0]['rounds']} rounds, ratios paired by round.",
         "",
     ]
     lines += model_table([row for row in rows if row["table"] == "models"])

@@ -32,11 +32,11 @@ def available_backends() -> dict[str, Availability]:
 
     Touches neither CUDA nor Triton: it says what is installed, not what a GPU would do.
     """
-    return dict(_availability())
+    return dict(_backends())
 
 
 @cache
-def _availability() -> dict[str, Availability]:
+def _backends() -> dict[str, Availability]:
     error = _extension.extension_error()
     triton = "its kernels are not part of this version"
     if importlib.util.find_spec("triton") is None:

@@ -71,6 +71,18 @@ def check_count(name: str, value: Any, minimum: int = 0, maximum: int | None = N
         raise ValueError(f"{name} must be {span}, got {value}")
 
 
+def check_last_stride(name: str, value: Tensor) -> None:
+    """A tensor whose last dimension is contiguous, for kernels that read it in place."""
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name} must have a last stride of 1, got strides {tuple(value.stride())}")
+
+
+def check_sequence(name: str, value: Any) -> None:
+    """A tuple or list."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be a tuple, got {type(value).__name__}")
+
+
 def check_real(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     """A number in [low, high], or (low, high] with ``open_low``; NaN is refused."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

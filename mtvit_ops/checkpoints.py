@@ -68,15 +68,21 @@ def load_checkpoint(
     own = model.state_dict()
     positions = state.get("pos_embed")
     if resize_positions and positions is not None and positions.dim() == 3 and positions.shape[1] > 1:
+        patches = positions.shape[1] - 1
+        if positions.shape[0] != 1 or round(patches**0.5) ** 2 != patches:
+            raise ValueError(
+                f"pos_embed must have shape (1, 1 + grid * grid, D) to be resized, got {tuple(positions.shape)}"
+            )
         state["pos_embed"] = resize_pos_embed(positions, model.config.grid_size)
     untrained = tuple(name for name in own if name.startswith("method.") and name not in state)
     _check_fit(own, state, untrained)
+    settings = {} if not isinstance(model.method, AViT) else _gates(source, gate_scale, gate_center)
+    # a gate that is none is refused before anything has changed
+    config = dataclasses.replace(model.method.config, **settings) if settings else model.method.config
     model.load_state_dict({**own, **state})
     if untrained and isinstance(model.method, MTViT):
         model.method.initialise_tails(model, [name.removeprefix("method.") for name in untrained])
-    settings = {} if not isinstance(model.method, AViT) else _gates(source, gate_scale, gate_center)
-    if settings:
-        model.method.config = dataclasses.replace(model.method.config, **settings)
+    model.method.config = config
     return LoadReport(layout, ignored, untrained, settings)
 
 
@@ -99,6 +105,11 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Te
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(
                 f"{what} is not a checkpoint: its entry {name!r} is a {type(value).__name__}, not a tensor"
+            )
+        if value.is_complex() or value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise ValueError(
+                f"{what} is not a checkpoint: its entry {name!r} must be a dense tensor of real numbers, got"
+                f" {value.dtype}, {value.layout}, on {value.device}"
             )
     return dict(content)
 
@@ -158,7 +169,7 @@ def _from_evo_vit(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[st
     for name, qk in parts.items():
         block, own, kind = name.split(".")
         v = parts.get(f"{block}.v.{kind}")
-        if own == "qk" and v is not None and qk.shape[1:] == v.shape[1:]:
+        if own == "qk" and v is not None and qk.dim() > 0 and qk.dim() == v.dim() and qk.shape[1:] == v.shape[1:]:
             out[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat((qk, v))
     return out, ignored
 
@@ -170,7 +181,7 @@ def _from_life(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, 
     first_tail = max(head, default=-1) + 1
     for name, value in state.items():
         if name.endswith("patch_life_predictor.W"):
-            out["method.weight"] = value[0] if value.dim() == 3 else value
+            out["method.weight"] = value[0] if value.dim() == 3 and len(value) == 1 else value
         elif "plugin_norm_layer." in name:
             # never trained by the authors, so our scores are taken without it
             neutral = 1.0 if name.endswith("weight") else 0.0
@@ -214,4 +225,4 @@ def _gates(source: Any, gate_scale: float | None, gate_center: float | None) -> 
         if match:
             named = {"gate_scale": float(match[1]), "gate_center": float(match[2])}
     given = {"gate_scale": gate_scale, "gate_center": gate_center}
-    return named | {name: float(value) for name, value in given.items() if value is not None}
+    return named | {name: value for name, value in given.items() if value is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mtvit-ops: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (CompareError, ImportError) as error:
         print(f"mtvit-ops {options.command}: error: {error}", file=sys.stderr)
         return 2
@@ -139,7 +143,7 @@ def _add_compare(commands: Any) -> None:
         "threads": "CPU threads (default: PyTorch's choice)",
         "seed": "of random weights (default: %(default)s)",
         "override": "any field of the backbone (num_classes=10, depth=6 ...) or of the methods (eps=0.05,"
-        " 'grids=(4,8,14)' ...); may be given again",
+        " evovit.mode=layer, 'grids=(4,8,14)' ...); may be given again",
     }
 
     def add(name: str, **settings: Any) -> None:
@@ -264,12 +268,12 @@ def _checkpoint(text: str) -> tuple[str, str]:
 
 def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
+    if not equals or not all(part.isidentifier() for part in key.split(".", 1)):
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return key, value  # a word, such as mode=layer
+        return key, value  # a word, such as evovit.mode=layer
 
 
 def _read_labels(file: str | None) -> tuple[str, ...] | None:

@@ -65,7 +65,7 @@ def build_lineup(
         dense = create_model(f"vit_{size}_patch16_224", **backbone, **options[BASELINE])
         shared = checkpoints.get("all")
         if shared is not None:
-            _load(dense, "all", shared)
+            _load(dense, "all", shared, {})
         models: dict[str, VisionTransformer] = {}
         for name in chosen:
             # the same weights whichever other methods there are
@@ -75,7 +75,7 @@ def build_lineup(
                 options[name].setdefault("grids", _default_grids(dense.config.grid_size))
             if file is not None:
                 model = create_model(f"{name}_{size}_patch16_224", **backbone, **options[name])
-                own_untrained = _load(model, name, file)
+                own_untrained = _load(model, name, file, options[name])
             else:
                 model = dense if name == BASELINE else dense.with_method(create_method(name, **options[name]))
                 own_untrained = tuple(key for key in model.state_dict() if key.startswith("method."))
@@ -113,19 +113,25 @@ def _sort_overrides(
     backbone_fields = {field.name for field in dataclasses.fields(ViTConfig)}
     fields = {name: {field.name for field in dataclasses.fields(_METHODS[name].config_class)} for name in chosen}
     everything = backbone_fields.union(*fields.values())
+    of_one = {key: tuple(key.split(".", 1)) for key in overrides if "." in key}  # evovit.mode: for that method alone
     for key in overrides:
-        if key not in everything:
+        name, field = of_one.get(key, (None, key))
+        if field not in (everything if name is None else fields.get(name, ())):
             raise ValueError(
                 f"override {key!r} is no field of the models compared; there are {', '.join(sorted(everything))}"
             )
     backbone = {key: value for key, value in overrides.items() if key in backbone_fields}
-    return backbone, {name: {key: value for key, value in overrides.items() if key in fields[name]} for name in chosen}
+    options = {name: {key: value for key, value in overrides.items() if key in fields[name]} for name in chosen}
+    for key, (name, field) in of_one.items():
+        options[name][field] = overrides[key]
+    return backbone, options
 
 
-def _load(model: VisionTransformer, name: str, file: str) -> tuple[str, ...]:
-    """Load a file; the method's parameters that it did not have."""
+def _load(model: VisionTransformer, name: str, file: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Load a file; the method's parameters that it did not have. Gates among the options win over the file's name."""
+    gates = {gate: options[gate] for gate in ("gate_scale", "gate_center") if name == "avit" and gate in options}
     try:
-        return load_checkpoint(model, file).untrained
+        return load_checkpoint(model, file, **gates).untrained
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise ValueError(f"checkpoint {name}={file}: {error}") from error
 

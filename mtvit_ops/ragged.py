@@ -49,6 +49,8 @@ class RaggedTokens(NamedTuple):
         jagged: Any = nested  # its methods are on no stub
         if nested.dim() != 3 or jagged.lengths() is not None:
             raise ValueError(f"nested must have shape (B, n, D) without holes, got {nested.dim()} dimensions")
+        if jagged.dtype not in FLOATS:
+            raise TypeError(f"nested must have a floating-point dtype, got {jagged.dtype}")
         check_count("num_prefix_tokens", num_prefix_tokens)
         # a bound that the host knows without asking the device
         longest = jagged.values().shape[0] if jagged._maybe_max_seqlen is None else jagged._max_seqlen
@@ -97,9 +99,12 @@ class RaggedTokens(NamedTuple):
         """Live patch tokens at their places on the image, (B, D, height, width), ``fill`` elsewhere. Differentiable.
 
         Raises:
-            ValueError: the residual stream is not B images of ``num_prefix_tokens + height * width`` rows.
+            TypeError, ValueError: a size that is no int or below 0, or the residual stream is not B images of
+                ``num_prefix_tokens + height * width`` rows.
         """
         height, width = grid_size
+        check_count("grid_size[0]", height)
+        check_count("grid_size[1]", width)
         length = self.num_prefix_tokens + height * width
         if self.x.shape[0] != self.num_images * length:
             raise ValueError(

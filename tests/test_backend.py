@@ -46,6 +46,11 @@ def test_every_backend_has_a_reason() -> None:
     assert all(entry.reason for entry in found.values())
 
 
+def test_a_caller_may_change_what_it_got() -> None:
+    _backend.available_backends().clear()
+    assert tuple(_backend.available_backends()) == _backend.BACKENDS
+
+
 def test_unknown_name() -> None:
     with (
         pytest.raises(ValueError, match="use_backend: backend must be one of reference, cpp, triton, cuda, got 'tpu'"),

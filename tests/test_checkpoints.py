@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -321,9 +322,26 @@ def test_a_state_that_does_not_fit(case: str, method: str) -> None:
 
 
 def test_bad_entries_of_a_state_dict() -> None:
-    for state in ({3: torch.ones(2)}, {"head.weight": [1.0]}, {}):
+    hollow, sparse = torch.ones(2, device="meta"), torch.ones(2).to_sparse()
+    odd = [{"head.weight": value} for value in ([1.0], hollow, sparse, torch.ones(2) + 0j)]
+    for state in ({3: torch.ones(2)}, {}, *odd):
         with pytest.raises(ValueError, match="source is not a checkpoint"):
             load_checkpoint(target("vit"), state)
+
+
+@pytest.mark.parametrize("gate", [math.nan, 1e10, "30"])
+def test_a_gate_that_is_none_leaves_the_model(gate: Any) -> None:
+    model = target("avit")
+    before = bits(model)
+    with pytest.raises((ValueError, TypeError), match="gate_center must be"):
+        load_checkpoint(model, dense_state(), gate_center=gate)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 32), (2, 17, 32)], ids=["no-square", "two"])
+def test_positions_that_cannot_be_resized(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="pos_embed must have shape"):
+        load_checkpoint(target("vit"), dense_state() | {"pos_embed": torch.ones(shape)}, resize_positions=True)
 
 
 # dense weights into the methods
@@ -388,3 +406,24 @@ def test_positions_of_another_grid_are_resized_on_request() -> None:
     load_checkpoint(model, state, resize_positions=True)
     assert_rounding(model.pos_embed.detach(), resize_pos_embed(state["pos_embed"], 4))
     assert state["pos_embed"].shape == (1, 26, 32), "the caller's table must stay"
+
+
+def test_gates_asked_for_win_over_those_in_the_name(tmp_path: Path) -> None:
+    sizes = {"img_size": 32, "embed_dim": 16, "num_heads": 2, "depth": 2, "num_classes": 3}
+    file = tmp_path / "deit-16-224.pth"
+    torch.save(create_model("avit_tiny_patch16_224", **sizes).state_dict(), file)
+    asked = create_model("avit_tiny_patch16_224", **sizes, gate_scale=5.0, gate_center=75.0, checkpoint=file)
+    assert (asked.method.config.gate_scale, asked.method.config.gate_center) == (5.0, 75.0)
+    named = create_model("avit_tiny_patch16_224", **sizes, checkpoint=file)
+    assert (named.method.config.gate_scale, named.method.config.gate_center) == (16.0, 224.0)
+
+
+def test_trained_tails_survive_a_file_without_predictor() -> None:
+    sizes = {"img_size": 64, "embed_dim": 16, "num_heads": 2, "depth": 2, "num_classes": 3, "grids": (2, 3, 4)}
+    source, model = (create_model("mtvit_tiny_patch16_224", **sizes) for _ in range(2))
+    with torch.no_grad():
+        source.method.projections[0].weight.fill_(7.0)
+    state = {name: value for name, value in source.state_dict().items() if "predictor" not in name}
+    report = load_checkpoint(model, state)
+    assert all("predictor" in name for name in report.untrained)
+    assert bool((model.method.projections[0].weight == 7.0).all())

@@ -103,6 +103,8 @@ WRONG = {
     "checkpoint-missing": (["--checkpoint=all=nothing.pth"], ["--checkpoint", "no file", "'nothing.pth'"]),
     "override-form": (["--override=depth"], ["--override", "KEY=VALUE", "'depth'"]),
     "override-field": (["--override=colour=1"], ["override", "'colour'", "depth"]),
+    "override-of-one": (["--override=evovit.colour=1"], ["override", "'evovit.colour'"]),
+    "override-value-of-one": ([*TINY, "--override=evovit.mode=deep"], ["mode must be one of", "'layer'", "'deep'"]),
     "override-value": (["--override=depth=deep"], ["depth must be an int", "str"]),
     "override-channels": ([*TINY, "--override=in_chans=1"], ["'in_chans' must be 3", "got 1"]),
     "threads": (["--threads=99999999999"], ["threads", "[1, 4096]", "99999999999"]),

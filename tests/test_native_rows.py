@@ -214,8 +214,8 @@ VALUE_ERRORS = {
     "keep must lie in [0, 2] for image 0 (its prefix, its length), got 3": lambda: pick(keep=3),
     "keep must lie in [2, 4] for image 1 (its prefix, its length), got 1": lambda: pick(cu=[0, 1, 5], prefix=2, keep=1),
     "keep must lie in [0, 0] for image 0 (its prefix, its length), got 1": lambda: pick(cu=[0, 0, 6], keep=1),
-    "keep_counts must lie in [1, 4] for image 1 (its prefix, its length), got 5": lambda: pick(counts=[1, 5], prefix=1),
-    "keep_counts must lie in [0, 2] for image 0 (its prefix, its length), got -1": lambda: pick(counts=[-1, 2]),
+    "keep must lie in [1, 4] for image 1 (its prefix, its length), got 5": lambda: pick(counts=[1, 5], prefix=1),
+    "keep must lie in [0, 2] for image 0 (its prefix, its length), got -1": lambda: pick(counts=[-1, 2]),
     "capacity must be at least 4, got 3": lambda: pick(keep=2, capacity=3),
     "dropped_capacity must be at least 2, got 1": lambda: pick(keep=2, dropped=1),
     "capacity must be at least 6, got 5": lambda: pick(threshold=-1e9, capacity=5),
@@ -262,7 +262,6 @@ SHAPE_ERRORS = {
     "capacity must be at least 0, got -1": lambda: pick(keep=1, capacity=-1),
     "num_prefix_tokens must be at least 0, got -1": lambda: pick(keep=1, prefix=-1),
     "x must have shape (R, D), got (8,)": lambda: norm(x=torch.randn(8)),
-    "x must be contiguous in its last dimension": lambda: norm(x=torch.randn(8, 5).T),
     "weight must have shape (8,), got (7,)": lambda: norm(weight=torch.ones(7)),
     "bias must be float32 or have x's dtype": lambda: norm(bias=torch.ones(8).half()),
     "y must have shape (4, 3), got (2, 3)": lambda: native.scatter_residual_(

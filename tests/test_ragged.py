@@ -94,6 +94,11 @@ def test_to_grid_of_nothing() -> None:
     assert bool((dead.to_grid((2, 2), fill=3.0) == 3.0).all())
 
 
+def test_a_grid_of_negative_size() -> None:
+    with pytest.raises(ValueError, match=r"grid_size\[0\] must be >= 0, got -2"):
+        RaggedTokens.from_dense(torch.randn(2, 5, DIM)).to_grid((-2, -2))
+
+
 @pytest.mark.parametrize("size", [(2, 3), (3, 3), (4, 4), (1, 2)])
 def test_a_grid_that_does_not_fit(size: tuple[int, int]) -> None:
     with pytest.raises(
@@ -125,8 +130,9 @@ def test_from_nested() -> None:
         (torch.randn(2, 3, 4), TypeError, "nested must be a nested tensor of layout torch.jagged, got a tensor of"),
         ([1], TypeError, "got list"),
         (torch.nested.nested_tensor([torch.randn(3)], layout=torch.jagged), ValueError, "nested must have shape"),
+        (torch.nested.nested_tensor([torch.ones(2, 3).int()], layout=torch.jagged), TypeError, "got torch.int32"),
     ],
-    ids=["dense", "list", "rank"],
+    ids=["dense", "list", "rank", "integer"],
 )
 def test_from_nested_refuses(nested: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from mtvit_ops import _backend, ops
+from mtvit_ops import _backend, ops, use_backend
 from mtvit_ops._register import NAMESPACE, NATIVE_NAMESPACE
 from mtvit_ops.testing import assert_equal, offsets, packed_qkv, random_tensor, value_and_gradients
 
@@ -115,6 +115,28 @@ def test_every_op_has_a_sample() -> None:
 def test_opcheck(name: str) -> None:
     for arguments in samples()[name]:
         torch.library.opcheck(getattr(torch.ops.mtvit_ops, name).default, arguments)
+
+
+def turned(value: Any) -> Any:
+    """The same tensor, its memory laid out the other way round."""
+    if isinstance(value, list):
+        return [turned(entry) for entry in value]
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
+        return value
+    return value.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_(value.requires_grad)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLED if not name.endswith("_")])
+def test_strides_do_not_show(name: str) -> None:
+    """What is promised about a result's layout holds for inputs of any layout."""
+    op = getattr(torch.ops.mtvit_ops, name).default
+    for arguments in samples()[name]:
+        with use_backend("reference"):
+            torch.library.opcheck(op, tuple(turned(value) for value in arguments), test_utils="test_faketensor")
+            results = op(*(turned(value) for value in arguments))
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            for tensor in result if isinstance(result, list) else [result]:
+                assert tensor.is_contiguous()
 
 
 def test_native_ops_take_the_same_arguments() -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_real
+from .._checks import check_choice, check_real
 from ..nn.method import Method
 from ..nn.vision_transformer import VisionTransformer
 from ..ops import HaltingState, halting_step, initial_halting_state, token_select
@@ -22,7 +22,7 @@ class AViTConfig:
         gate_scale: slope of the gate on channel 0 of a token (the paper's gamma); 10 in the authors' checkpoints.
         gate_center: shift of the gate (minus the paper's beta); 30 in the authors' tiny, 75 in their small checkpoint.
             Larger: tokens live longer.
-        eps: a token halts once its scores reach 1 - eps, in (0, 1).
+        eps: a token halts once its scores reach 1 - eps, in (0, 1].
         stop_with_class: drop a whole image once its class token has halted. The logits are the same; counters and
             ponder of the image's other tokens then stand where they stood.
     """
@@ -36,6 +36,7 @@ class AViTConfig:
         check_real("gate_scale", self.gate_scale, -1e9, 1e9)
         check_real("gate_center", self.gate_center, -1e9, 1e9)
         check_real("eps", self.eps, 0.0, 1.0, open_low=True)
+        check_choice("stop_with_class", self.stop_with_class, (True, False))
 
 
 class AViTState(NamedTuple):

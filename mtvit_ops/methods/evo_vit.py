@@ -26,7 +26,7 @@ class EvoViTConfig:
             after the first third, where it is 1, or one a block.
         mode: ``"stage"``: select at one third and at two thirds of the depth (inference); ``"layer"``: select anew
             before every pruned block (the authors' first training epochs).
-        prune_cls: classify from the patches alive at the end only; if none is, from all.
+        prune_cls: classify from the patches alive at the end only; without one, from zeros.
         pool: ``"mean"`` of the patch tokens (the authors' classifier), or the ``"class"`` token (weights trained so).
     """
 
@@ -45,6 +45,7 @@ class EvoViTConfig:
                 check_real(name, ratio, 0.0, 1.0, open_low=name == "keep_ratios")
         check_choice("mode", self.mode, ("stage", "layer"))
         check_choice("pool", self.pool, ("mean", "class"))
+        check_choice("prune_cls", self.prune_cls, (True, False))
 
 
 class EvoViTState(NamedTuple):
@@ -134,9 +135,9 @@ class EvoViT(Method):
     def readout(self, first_rows: Tensor, tokens: RaggedTokens, state: EvoViTState) -> Tensor:
         if self.config.prune_cls and self.config.pool == "mean" and len(first_rows) > 0:
             # every image keeps the same number of tokens
-            alive = tokens.packed().reshape(len(first_rows), -1, tokens.x.shape[1])[:, tokens.num_prefix_tokens :]
-            if alive.shape[1] > 0:
-                return alive.mean(dim=1)
+            alive = tokens.packed().reshape(len(first_rows), -1, tokens.x.shape[1])
+            patches = alive[:, tokens.num_prefix_tokens :]
+            return patches.sum(dim=1) / max(patches.shape[1], 1)  # 0 where every patch was dropped
         return pool_tokens(tokens.x, first_rows, tokens.num_prefix_tokens, self.config.pool)
 
     def extras(self, first_rows: Tensor, states: list[EvoViTState]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_choice, check_count, check_real
+from .._checks import check_choice, check_count, check_real, check_sequence
 from ..nn.method import Method
 from ..nn.vision_transformer import VisionTransformer
 from ..ops import token_select
@@ -41,6 +41,7 @@ class LifeConfig:
     def __post_init__(self) -> None:
         check_real("keep_ratio", self.keep_ratio, 0.0, 1.0, open_low=True)
         if self.budgets is not None:
+            check_sequence("budgets", self.budgets)
             object.__setattr__(self, "budgets", tuple(self.budgets))  # the one way into a frozen dataclass
             for budget in self.budgets:
                 check_count("budgets", budget, 1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_count, check_real
+from .._checks import check_count, check_real, check_sequence
 from ..nn.method import Method
 from ..nn.vision_transformer import VisionTransformer, ViTConfig
 from ..ops import ragged_patch_embed
@@ -39,6 +39,7 @@ class MTViTConfig:
     cost_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        check_sequence("grids", self.grids)
         object.__setattr__(self, "grids", tuple(self.grids))  # the one way into a frozen dataclass
         for grid in self.grids:
             check_count("grids", grid, 1)

@@ -64,7 +64,7 @@ def _normed(tokens: RaggedTokens, norm: nn.LayerNorm) -> Tensor:
 
 def _added(tokens: RaggedTokens, y: Tensor, inplace: bool) -> RaggedTokens:
     x, rows = tokens.x, tokens.rows
-    if y.dtype != x.dtype:  # autocast computes in a smaller dtype than the residual stream has
+    if y.dtype is not x.dtype:  # under autocast
         y = y.to(x.dtype)
     if not inplace:
         return tokens._replace(x=x + y if rows is None else SCATTER_RESIDUAL(x, rows, y, None))

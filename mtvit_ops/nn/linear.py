@@ -26,14 +26,20 @@ def linear(x: Tensor, layer: nn.Module, *, gelu: bool = False) -> Tensor:
     Returns:
         (T, out_features), dtype of ``x``.
 
-    Gradients flow wherever they are needed: PyTorch's own layers serve then. Hooks of an ``nn.Linear`` are not run.
+    Gradients flow wherever they are needed: PyTorch's own layers serve then. Hooks of the layer run.
 
     Equivalent PyTorch: ``F.gelu(layer(x)) if gelu else layer(x)``.
     """
     # a subclass of layer or weight (quantised, say) knows better how to multiply
     if type(layer) is PackedLinear or type(layer) is nn.Linear:
         weight = layer.weight
-        if type(weight) is nn.Parameter and _onednn_serves(x, weight):
+        if (
+            type(weight) is nn.Parameter
+            and _onednn_serves(x, weight)
+            and not (
+                layer._forward_hooks or layer._forward_pre_hooks  # somebody wants to see the layer run
+            )
+        ):
             if type(layer) is PackedLinear:
                 weight = layer.packed_weight(weight)
             return onednn_linear(x, weight, layer.bias, gelu)
@@ -101,7 +107,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_weights(model: nn.Module) -> nn.Module:
-    """Make every ``nn.Linear`` of a model a ``PackedLinear``, in place: faster CPU inference, most at small batches.
+    """Make the ``nn.Linear`` layers of a model ``PackedLinear`` ones, in place, for faster inference on the CPU.
 
     Works on any model, ours or not; layers with hooks, or whose weight is computed (``torch.nn.utils.prune``), are left
     alone. Parameters and state dict stay what they are; memory grows by the size of the linear weights at the first
@@ -111,8 +117,15 @@ def pack_weights(model: nn.Module) -> nn.Module:
         model: any module; layers of a subclass of ``nn.Linear`` are left alone.
 
     Returns:
-        The same model.
+        The same model; a model that is itself an ``nn.Linear`` comes back as a new ``PackedLinear``.
+
+    Raises:
+        TypeError: no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    if type(model) is nn.Linear and _is_plain(model):
+        return PackedLinear(model).train(model.training)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear and _is_plain(child):

@@ -9,7 +9,7 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_tensor
+from .._checks import check_real, check_tensor
 from ..ragged import RaggedTokens
 from .block import Block
 from .linear import linear
@@ -30,8 +30,8 @@ class ViTConfig:
         num_heads: attention heads.
         num_classes: outputs of the classifier.
         in_chans: image channels.
-        mlp_ratio: hidden width of the MLP over ``embed_dim``.
-        norm_eps: of every LayerNorm.
+        mlp_ratio: hidden width of the MLP over ``embed_dim``, in (0, 1000].
+        norm_eps: of every LayerNorm, in (0, 1].
     """
 
     img_size: int = 224
@@ -51,6 +51,8 @@ class ViTConfig:
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        check_real("mlp_ratio", self.mlp_ratio, 0.0, 1e3, open_low=True)
+        check_real("norm_eps", self.norm_eps, 0.0, 1.0, open_low=True)
         if self.img_size % self.patch_size:
             raise ValueError(f"img_size must be a multiple of patch_size {self.patch_size}, got {self.img_size}")
         if self.embed_dim % self.num_heads:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_cu_seqlens, check_float, check_offset_values, check_tensor
+from .._checks import check_count, check_cu_seqlens, check_float, check_offset_values, check_real, check_tensor
 from .._register import register_op
 from ..reference import class_attention as reference
 
@@ -28,7 +28,7 @@ def class_attention(
         k: packed keys, (T, H, d), dtype of ``q_class``, any strides.
         cu_seqlens: offsets of the sequences in ``k``, (B + 1,), int32, from 0, never falling, at most T.
         max_seqlen: at least the longest sequence, in tokens.
-        scale: factor on the logits; None: d ** -0.5.
+        scale: factor on the logits, in [-1e9, 1e9]; None: d ** -0.5.
         key_bias: added to the scaled logits, (T,) or (T, H), dtype of ``k`` or float32.
 
     Returns:
@@ -53,6 +53,8 @@ def class_attention(
         check_tensor("key_bias", key_bias, shape, (k.dtype, torch.float32), k)
     if scale is None:
         scale = dim**-0.5 if dim > 0 else 1.0
+    else:
+        check_real("scale", scale, -1e9, 1e9)
     return CLASS_ATTENTION(q_class, k, cu_seqlens, max_seqlen, float(scale), key_bias)
 
 

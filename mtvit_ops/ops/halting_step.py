@@ -45,7 +45,17 @@ def initial_halting_state(x: Tensor, readout_rows: Tensor) -> HaltingState:
     Args:
         x: residual stream, (R, D), any float dtype.
         readout_rows: rows whose tokens are aggregated over layers (class tokens), (P,), int32.
+
+    Returns:
+        HaltingState on the device of ``x``, its floats in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit; the values of rows are not looked at.
+
+    No gradient: only the shape of ``x`` matters. No device synchronisation. R, P or D may be 0.
     """
+    check_float("x", x, ("R", "D"))
+    check_rows("readout_rows", readout_rows, x, "P")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     zeros = x.new_zeros(x.shape[0], dtype=wide)
     return HaltingState(
@@ -81,8 +91,8 @@ def halting_step(
         cu_seqlens: offsets of the images in ``rows``, (B + 1,), int32.
         readout_rows: rows to aggregate, (P,), int32, each in [0, R), every row at most once, halted or not.
         state: from ``initial_halting_state`` or the step before.
-        gate_scale, gate_center: the gate, any finite numbers.
-        eps: in (0, 1).
+        gate_scale, gate_center: the gate, each in [-1e9, 1e9].
+        eps: in (0, 1].
         last: the last layer, in which every live token halts.
 
     Returns:
@@ -108,6 +118,8 @@ def halting_step(
         check_rows("rows", rows, x)
     check_cu_seqlens("cu_seqlens", cu_seqlens, x)
     check_rows("readout_rows", readout_rows, x, "P")
+    if not isinstance(state, HaltingState):
+        raise TypeError(f"state must be a HaltingState, got {type(state).__name__}")
     for name in ("cumulative", "remainder", "ponder"):
         check_tensor(f"state.{name}", getattr(state, name), (num_rows,), wide, x)
     check_tensor("state.counters", state.counters, (num_rows,), torch.int32, x)

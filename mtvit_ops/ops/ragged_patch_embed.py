@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_tensor
+from .._checks import check_count, check_float, check_tensor
 from .._register import register_op
 from ..reference import ragged_patch_embed as reference
 
@@ -66,8 +66,8 @@ def ragged_patch_embed(
         check_float(f"weights[{tail}]", weight, (dim, channels, "k", "k"), images)
         check_float(f"biases[{tail}]", biases[tail], (dim,), images)
         stride, padding = strides[tail], paddings[tail]
-        if stride < 1 or padding < 0:
-            raise ValueError(f"strides[{tail}] must be >= 1 and paddings[{tail}] >= 0, got {stride} and {padding}")
+        check_count(f"strides[{tail}]", stride, 1)
+        check_count(f"paddings[{tail}]", padding)
         grid = [(side + 2 * padding - kernel) // stride + 1 for side, kernel in zip((height, width), weight.shape[2:])]
         if min(grid) < 1:
             raise ValueError(f"images must be at least as large as tail {tail}'s kernel, got {height} x {width} pixels")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_row_values, check_rows, check_tensor
+from .._checks import check_float, check_last_stride, check_row_values, check_rows, check_tensor
 from .._register import NATIVE_NAMESPACE, register_op
 from ..reference import scatter_residual as reference
 
@@ -43,11 +43,15 @@ def scatter_residual(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor | 
 def scatter_residual_(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor | None = None) -> Tensor:
     """``scatter_residual`` written into ``x``, for inference; returns ``x``.
 
-    Arguments and errors as there, and RuntimeError where a gradient would be needed: the functional form has it.
+    Arguments and errors as there, but ``x`` has a last stride of 1 and rows that do not overlap, and RuntimeError where
+    a gradient would be needed: the functional form has it.
 
     Equivalent PyTorch: ``x.index_add_(0, rows, scale * y)``.
     """
     _check(x, rows, y, scale)
+    check_last_stride("x", x)
+    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
+        raise ValueError(f"x must have rows that do not overlap, got strides {tuple(x.stride())}")
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or (scale is not None and scale.requires_grad)):
         raise RuntimeError("scatter_residual_ has no gradient, got tensors that require one: use scatter_residual")
     if rows is None and scale is None:

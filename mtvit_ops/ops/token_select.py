@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from .._checks import (
     check_count,
     check_cu_seqlens,
     check_offset_values,
+    check_real,
     check_rows,
     check_tensor,
 )
@@ -54,9 +56,9 @@ def token_select(
             last offset are dead and ignored.
         keep: tokens to keep per image, prefix included: one int for all images, or (B,) int32. Each in
             [num_prefix_tokens, the image's length]. The highest scores win, equal scores by the smaller position.
-        threshold: keep where ``scores > threshold``.
+        threshold: keep where ``scores > threshold``; may be infinite, not NaN.
         mask: keep where True, (T,), bool.
-        num_prefix_tokens: entries at the head of each image that are always kept, >= 0.
+        num_prefix_tokens: entries at the head of each image that are always kept, >= 0; all of a shorter image's.
         order: of the entries within an image: ``"ascending"``, as they stood, or ``"score"``, the prefix, then falling
             scores.
         return_dropped: also list what was dropped, in the same order.
@@ -99,8 +101,8 @@ def token_select(
         raise ValueError(f"exactly one of keep, threshold and mask must be given, got {' and '.join(names) or 'none'}")
     if scores is None and mask is None:
         raise ValueError("scores must be given with keep or threshold, got None")
-    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
-        raise TypeError(f"threshold must be a number, got {type(threshold).__name__}")
+    if threshold is not None:
+        check_real("threshold", threshold, -math.inf, math.inf)
 
     count, keep_counts = -1, None
     room, dropped_room = tokens, tokens

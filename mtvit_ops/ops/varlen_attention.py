@@ -7,7 +7,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_count, check_cu_seqlens, check_float, check_offset_values, check_tensor
+from .._checks import (
+    check_choice,
+    check_count,
+    check_cu_seqlens,
+    check_float,
+    check_offset_values,
+    check_real,
+    check_tensor,
+)
 from .._register import register_op
 from ..reference import varlen_attention as reference
 
@@ -73,7 +81,7 @@ def varlen_attention(
         cu_seqlens_q: offsets of the sequences in ``q``, (B + 1,), int32, from 0, never falling, at most Tq.
         max_seqlen_q: at least the longest query sequence, in tokens; a bound known to the host.
         cu_seqlens_k, max_seqlen_k: the same for keys and values; None: as the queries'.
-        scale: factor on the logits; None: d ** -0.5.
+        scale: factor on the logits, in [-1e9, 1e9]; None: d ** -0.5.
         key_bias: added to the scaled logits of a key, (Tk,) for all heads or (Tk, H), dtype of ``q`` or float32.
             -inf removes the key.
         scores: ``"class"``: each key's attention from the first query of its sequence; ``"mean"``: the mean of its
@@ -119,6 +127,8 @@ def varlen_attention(
     check_choice("scores", scores, tuple(SCORES))
     if scale is None:
         scale = dim**-0.5 if dim > 0 else 1.0
+    else:
+        check_real("scale", scale, -1e9, 1e9)
     out, _, per_key = VARLEN_ATTENTION(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, float(scale), key_bias, SCORES[scores]
     )

@@ -19,7 +19,11 @@ def token_images(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def to_padded(packed: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """(T, ...) as (B, max_seqlen, ...) with zeros behind each sequence, and which slots are tokens (B, max_seqlen)."""
+    """(T, ...) as (B, M, ...) with zeros behind each sequence, and which slots are tokens (B, M).
+
+    M is ``max_seqlen``, or T where that is smaller.
+    """
+    max_seqlen = min(max_seqlen, packed.shape[0])  # a loose bound costs nothing
     start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     index = start[:, None] + torch.arange(max_seqlen, device=packed.device)
     valid = index < end[:, None]

@@ -131,6 +131,7 @@ EVERY_PATCH_DROPPED = {
     "avit": ("avit", {"gate_scale": 1.0, "gate_center": -1e4}, 0),
     "evovit": ("evovit", {"keep_ratios": 1e-6, "pool": "class"}, 1),
     "evovit-mean": ("evovit", {"keep_ratios": 1e-6}, 1),
+    "evovit-prune_cls": ("evovit", {"keep_ratios": 1e-6, "prune_cls": True}, 1),
     "evovit-layer": ("evovit", {"keep_ratios": 1e-6, "mode": "layer"}, 1),
     "lifevit": ("lifevit", {"budgets": (1, 1, 1), "base_block": 3}, 1),
     "mtvit-one-patch": ("mtvit", {"grids": (1, 4), "force_tail": 0}, 2),
@@ -176,6 +177,16 @@ def test_gradients_do_not_change_the_result(name: str, backend: str, device: str
     assert grads["patch_embed.proj.weight"].abs().max() > 0
     assert grads["blocks.0.attn.qkv.weight"].abs().max() > 0
     assert_equal("images", images, kept)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "grad"])
+@pytest.mark.parametrize("name", ALL)
+def test_autocast(name: str, grad: bool, backend: str, device: str) -> None:
+    model, images = build_case(name, device=device), make_images(BATCH, device=device)
+    with torch.set_grad_enabled(grad), torch.autocast(device, dtype=torch.bfloat16):
+        logits = model(images)
+    assert logits.shape == (BATCH, TINY["num_classes"])
+    assert bool(logits.isfinite().all())
 
 
 @pytest.mark.parametrize("name", ALL)

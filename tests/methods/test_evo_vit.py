@@ -9,7 +9,7 @@ import torch
 from model_cases import NUM_TOKENS, TINY, assert_rounding, build, make_images, permute_patches, run_blocks
 from torch import Tensor
 
-from mtvit_ops import VisionTransformer, create_method
+from mtvit_ops import VisionTransformer, create_method, create_model
 from mtvit_ops.methods import EvoViTConfig
 from mtvit_ops.testing import assert_equal
 
@@ -205,3 +205,12 @@ def test_bad_configuration(options: dict[str, Any], error: type[Exception], matc
 def test_one_entry_for_each_block(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must have one entry for each of the 12 blocks, got 3"):
         evo().with_method(create_method("evovit", **{name: (1.0, 0.5, 0.5)}))
+
+
+def test_the_first_score_is_the_first_attention() -> None:
+    """There is nothing to trade off with before block 0, whatever its trade-off says."""
+    sizes = {"img_size": 64, "embed_dim": 32, "num_heads": 2, "depth": 6, "num_classes": 10}
+    model = create_model("evovit_tiny_patch16_224", **sizes, tradeoffs=(0.1,) * 6).eval()
+    with torch.inference_mode():
+        _, trace = model(torch.randn(2, 3, 64, 64), return_trace=True)
+    assert torch.equal(trace.extras["score"][0], trace.extras["class_attention"][0])

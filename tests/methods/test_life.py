@@ -290,6 +290,7 @@ def test_stages(depth: int, base_block: int, budgets: Any, counts: list[int], ba
     [
         ({"keep_ratio": 0.0}, ValueError, "keep_ratio"),
         ({"keep_ratio": 1.5}, ValueError, "keep_ratio"),
+        ({"budgets": 9}, TypeError, "budgets must be a tuple, got int"),
         ({"budgets": (9, 10, 3)}, ValueError, "budgets must not rise"),
         ({"budgets": (9, 5, 0)}, ValueError, "budgets must be >= 1, got 0"),
         ({"budgets": (9.0, 5, 2)}, TypeError, "budgets must be an int, got float"),

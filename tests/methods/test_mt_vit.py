@@ -243,6 +243,7 @@ def test_default_grids(side: int, grids: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
+        ({"grids": 4}, TypeError, "grids must be a tuple, got int"),
         ({"grids": ()}, ValueError, "grids must rise and hold at least one tail"),
         ({"grids": (3, 2, 4)}, ValueError, "grids must rise"),
         ({"grids": (2, 2, 4)}, ValueError, "grids must rise"),

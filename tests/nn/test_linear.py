@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from torch.nn import functional as F
 
@@ -128,3 +129,36 @@ def test_packed_model_compiles_and_matches() -> None:
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [48, 96, 128, 192, 384])
+def test_round_trip_of_dtypes_is_packed_anew(size: int) -> None:
+    """A weight cast and cast back may come to lie where the old one lay."""
+    layer = PackedLinear(nn.Linear(size, size))
+    x = torch.randn(4, size)
+    with torch.inference_mode():
+        layer(x)
+        layer.bfloat16().float()
+        plain = F.linear(x, layer.weight, layer.bias)
+        exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+        assert_close_to_float64("after", layer(x), exact, plain)
+
+
+def test_computed_weights_and_hooks_are_left_alone() -> None:
+    pruned, hooked, seen = nn.Linear(6, 6), nn.Linear(6, 6), []
+    torch.nn.utils.prune.l1_unstructured(pruned, "weight", 0.5)
+    hooked.register_forward_hook(lambda *_: seen.append(1))
+    model = nn.Sequential(pruned, hooked)
+    names = list(model.state_dict())
+    pack_weights(model)
+    assert list(model.state_dict()) == names
+    with torch.inference_mode():
+        linear(torch.randn(2, 6), model[1])
+    assert seen == [1]
+
+
+def test_a_layer_on_its_own_is_packed() -> None:
+    layer = nn.Linear(4, 4)
+    assert pack_weights(layer).weight is layer.weight
+    with pytest.raises(TypeError, match="model must be a module, got str"):
+        pack_weights("layer")  # type: ignore[arg-type]

@@ -234,8 +234,22 @@ def test_the_masked_twin_shares_weights_and_computes_every_row() -> None:
         ("num_classes", 1.5, TypeError, "num_classes must be an int, got float"),
         ("patch_size", True, TypeError, "patch_size must be an int, got bool"),
         ("in_chans", -3, ValueError, "in_chans must be >= 1, got -3"),
+        ("mlp_ratio", -1.0, ValueError, r"mlp_ratio must be in \(0.0, 1000.0\], got -1.0"),
+        ("mlp_ratio", "4", TypeError, "mlp_ratio must be a number, got str"),
+        ("norm_eps", -1.0, ValueError, "norm_eps must be in"),
+        ("norm_eps", "x", TypeError, "norm_eps must be a number, got str"),
     ],
 )
 def test_bad_sizes(field: str, value: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         ViTConfig(**(TINY | {field: value}))
+
+
+def test_a_method_serves_models_of_one_size() -> None:
+    sizes = {"embed_dim": 32, "num_heads": 2, "depth": 6, "num_classes": 10}
+    small, large = (create_model("vit_tiny_patch16_224", **sizes, img_size=side) for side in (64, 96))
+    method = create_method("lifevit")
+    small.with_method(method)
+    small.with_method(method)
+    with pytest.raises(ValueError, match="method must be new, got a Life"):
+        large.with_method(method)

@@ -123,6 +123,7 @@ BAD = {
     "offsets-beyond": ({"cu_seqlens": int32(0, 3, 6)}, ValueError, "cu_seqlens must end within the 5 tokens"),
     "longest-too-small": ({"max_seqlen": 2}, ValueError, "max_seqlen"),
     "longest-no-int": ({"max_seqlen": 3.0}, TypeError, "max_seqlen must be an int"),
+    "scale-nan": ({"scale": math.nan}, ValueError, "scale must be in"),
     "bias-shape": ({"key_bias": torch.zeros(4)}, ValueError, r"key_bias must have shape \(5,\)"),
     "bias-heads": ({"key_bias": torch.zeros(5, 1)}, ValueError, r"key_bias must have shape \(5, 2\)"),
     "bias-dtype": ({"key_bias": torch.zeros(5).double()}, TypeError, "key_bias must have dtype float32"),

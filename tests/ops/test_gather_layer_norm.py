@@ -110,6 +110,9 @@ def good() -> dict:
 BAD = {
     "x-rank": ({"x": torch.zeros(1, 4, 8)}, ValueError, r"x must have shape \(R, D\)"),
     "x-integer": ({"x": torch.zeros(4, 8).int()}, TypeError, "x must have dtype"),
+    "x-turned": ({"x": torch.zeros(8, 4).T}, ValueError, r"x must have a last stride of 1, got strides \(1, 4\)"),
+    "weight-strided": ({"weight": torch.ones(16)[::2]}, ValueError, "weight must have a last stride of 1"),
+    "bias-strided": ({"bias": torch.ones(16)[::2]}, ValueError, "bias must have a last stride of 1"),
     "rows-dtype": ({"rows": torch.tensor([0, 2])}, TypeError, "rows must have dtype int32, got int64"),
     "rows-rank": ({"rows": torch.zeros(2, 1, dtype=torch.int32)}, ValueError, "rows must have shape"),
     "rows-device": ({"rows": torch.zeros(2, dtype=torch.int32, device="meta")}, ValueError, "rows must be on cpu"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -189,6 +189,7 @@ BAD = {
     "ponder-device": (state(ponder=torch.zeros(4, device="meta")), ValueError, "state.ponder must be on cpu"),
     "counters-dtype": (state(counters=torch.ones(4)), TypeError, "state.counters must have dtype int32"),
     "output-shape": (state(output=torch.zeros(1, 3)), ValueError, r"state.output must have shape \(2, 3\)"),
+    "state-tuple": ({"state": tuple(good()["state"])}, TypeError, "state must be a HaltingState, got tuple"),
     "gate-nan": ({"gate_scale": math.nan}, ValueError, "gate_scale must be in"),
     "gate-tensor": ({"gate_center": torch.tensor(1.0)}, TypeError, "gate_center must be a number"),
     "eps-zero": ({"eps": 0.0}, ValueError, "eps must be in"),
@@ -202,3 +203,17 @@ def test_bad_input(changes: dict, error: type[Exception], message: str, backend:
         pytest.skip("values are looked at on the CPU only")
     with pytest.raises(error, match=message):
         halting_step(**{**good(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("x", "readout", "error", "message"),
+    [
+        (torch.ones(4), int32(0), ValueError, r"x must have shape \(R, D\)"),
+        (torch.ones(4, 3).int(), int32(0), TypeError, "x must have dtype"),
+        (torch.ones(4, 3), None, TypeError, "readout_rows must be a tensor, got NoneType"),
+    ],
+    ids=["rank", "integer", "no-rows"],
+)
+def test_no_state_of_bad_input(x: Tensor, readout: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        initial_halting_state(x, readout)

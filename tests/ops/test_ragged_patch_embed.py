@@ -129,7 +129,8 @@ BAD = {
     "bias-shape": (at("biases", 1, torch.ones(4)), ValueError, r"biases\[1\] must have shape"),
     "table-length": (at("pos_embeds", 0, torch.ones(4, 5)), ValueError, r"pos_embeds\[0\] must have shape \(5, 5\)"),
     "stride-0": (at("strides", 0, 0), ValueError, r"strides\[0\] must be >= 1"),
-    "padding-negative": (at("paddings", 1, -1), ValueError, r"paddings\[1\] >= 0"),
+    "padding-negative": (at("paddings", 1, -1), ValueError, r"paddings\[1\] must be >= 0"),
+    "stride-float": (at("strides", 0, 4.0), TypeError, r"strides\[0\] must be an int, got float"),
 }
 
 

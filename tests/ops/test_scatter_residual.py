@@ -156,6 +156,20 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.ones(8, 4).T, r"x must have a last stride of 1, got strides \(1, 4\)"),
+        (torch.ones(1, 8).expand(4, 8), "x must have rows that do not overlap"),
+    ],
+    ids=["turned", "expanded"],
+)
+def test_inplace_refuses_strides(x: torch.Tensor, message: str, backend: str) -> None:
+    for rows in (good()["rows"], None):
+        with pytest.raises(ValueError, match=message):
+            scatter_residual_(x, rows, torch.ones(4 if rows is None else 2, 8))
+
+
 @pytest.mark.parametrize("op", [scatter_residual, scatter_residual_])
 @pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_input(changes: dict, error: type[Exception], message: str, op, backend: str, device: str) -> None:
@@ -166,3 +180,12 @@ def test_bad_input(changes: dict, error: type[Exception], message: str, op, back
     with pytest.raises(error, match=message):
         op(**arguments)
     assert_equal("x after the refusal", arguments["x"], x)
+
+
+def test_y_may_lie_in_x(backend: str, device: str) -> None:
+    x = torch.arange(12.0, device=device).reshape(4, 3)
+    rows = torch.tensor([1, 2, 3], dtype=torch.int32, device=device)
+    expected = x.clone()
+    expected[1:] += x[:3]
+    scatter_residual_(x, rows, x[:3])
+    assert torch.equal(x, expected)

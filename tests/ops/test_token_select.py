@@ -186,6 +186,7 @@ BAD = {
     "mask-dtype": ({"keep": None, "mask": torch.ones(5)}, TypeError, "mask must have dtype bool"),
     "mask-length": ({"keep": None, "mask": torch.ones(4, dtype=torch.bool)}, ValueError, "mask must have shape"),
     "threshold-tensor": ({"keep": None, "threshold": torch.tensor(1.0)}, TypeError, "threshold must be a number"),
+    "threshold-nan": ({"keep": None, "threshold": math.nan}, ValueError, "threshold must be in"),
     "prefix-negative": ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens must be >= 0"),
     "order-unknown": ({"order": "random"}, ValueError, "order must be one of"),
     "capacity-negative": ({"capacity": -1}, ValueError, "capacity must be >= 0"),

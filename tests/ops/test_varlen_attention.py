@@ -240,6 +240,8 @@ BAD = {  # what is changed, the error, how its message begins
     "bias-shape": ({"key_bias": torch.zeros(4)}, ValueError, r"key_bias must have shape \(5,\)"),
     "bias-heads": ({"key_bias": torch.zeros(5, 3)}, ValueError, r"key_bias must have shape \(5, 2\)"),
     "bias-dtype": ({"key_bias": torch.zeros(5).half()}, TypeError, "key_bias must have dtype float32"),
+    "scale-nan": ({"scale": math.nan}, ValueError, "scale must be in"),
+    "scale-word": ({"scale": "1"}, TypeError, "scale must be a number, got str"),
     "scores-unknown": ({"scores": "max"}, ValueError, "scores must be one of"),
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import check_float, check_last_stride, check_real, check_row_values, check_rows, check_tensor
+from .._checks import check_float, check_real, check_row_values, check_rows, check_tensor
 from .._register import register_op
 from ..reference import gather_layer_norm as reference
 
@@ -17,10 +17,11 @@ def gather_layer_norm(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tens
     """Normalise the rows named by ``rows`` and pack them.
 
     Args:
-        x: residual stream, (R, D), float32, bfloat16, float16 or float64, last stride 1.
+        x: residual stream, (R, D), float32, bfloat16, float16 or float64; a last stride other than 1
+            costs a copy.
         rows: rows to read, (T,), int32, each in [0, R), every row at most once; -1 marks a dead entry, whose output is
             0. None: all R rows.
-        weight, bias: affine parameters, (D,), dtype of ``x`` or float32, contiguous.
+        weight, bias: affine parameters, (D,), dtype of ``x`` or float32.
         eps: added to the variance, in (0, 1].
 
     Returns:
@@ -42,9 +43,6 @@ def gather_layer_norm(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tens
     check_real("eps", eps, 0.0, 1.0, open_low=True)
     if rows is None and weight.dtype == x.dtype:  # nothing to gather: PyTorch's own kernels, forward and backward
         return F.layer_norm(x, x.shape[1:], weight, bias, eps)
-    check_last_stride("x", x)
-    check_last_stride("weight", weight)
-    check_last_stride("bias", bias)
     return GATHER_LAYER_NORM(x, rows, weight, bias, eps)[0]
 
 

@@ -217,3 +217,16 @@ def test_bad_input(changes: dict, error: type[Exception], message: str, backend:
 def test_no_state_of_bad_input(x: Tensor, readout: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         initial_halting_state(x, readout)
+
+
+def test_any_strides(backend: str, device: str, dtype: torch.dtype) -> None:
+    """A turned ``x``, which a kernel cannot read in place."""
+    x = random_tensor(6, 10, dtype=dtype, device=device)
+    offsets = torch.tensor([0, 5, 10], dtype=torch.int32, device=device)
+    results = []
+    for tokens in (x.T, x.T.contiguous()):
+        state = initial_halting_state(tokens, offsets[:-1])
+        step = halting_step(tokens, None, offsets, offsets[:-1], state, gate_scale=1.0, gate_center=0.0)
+        results.append((*step.state, step.scores, step.rows, step.cu_seqlens))
+    for turned, plain in zip(*results, strict=True):
+        assert_equal("result", turned, plain)

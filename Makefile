@@ -1,5 +1,5 @@
 # make demo   set everything up, then four adaptive ViTs against the dense one on real photographs
-# make test   set everything up, then the tests
+# make test   set everything up, then the tests; Triton's kernels are interpreted on the CPU in a run of their own
 # make bench  set everything up, then the CPU benchmarks; BENCH=--smoke only proves that they run
 # make lint   ruff, mypy, clang-format
 # make clean  remove the environment and everything built
@@ -23,6 +23,7 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest tests -q $(TESTS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/kernels -q -n 2 -k triton-cpu $(TESTS)
 
 bench: setup
 	OMP_WAIT_POLICY=active $(BIN)/python bench/run.py $(BENCH)

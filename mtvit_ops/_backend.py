@@ -11,10 +11,13 @@ from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
+import torch
+
 from . import _extension
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "MTVIT_OPS_BACKEND"
+INTERPRETER_VARIABLE = "TRITON_INTERPRET"  # Triton's own
 
 _log = logging.getLogger("mtvit_ops")
 _override: ContextVar[str | None] = ContextVar("mtvit_ops_backend", default=None)
@@ -38,15 +41,30 @@ def available_backends() -> dict[str, Availability]:
 @cache
 def _backends() -> dict[str, Availability]:
     error = _extension.extension_error()
-    triton = "its kernels are not part of this version"
-    if importlib.util.find_spec("triton") is None:
-        triton += ", and Triton is not installed"
     return {
         "reference": Availability(True, "plain PyTorch, every device"),
         "cpp": Availability(error is None, "native operators for the CPU" if error is None else error),
-        "triton": Availability(False, triton),
+        "triton": _triton(),
         "cuda": Availability(False, "its kernels are not part of this version"),
     }
+
+
+def _triton() -> Availability:
+    if importlib.util.find_spec("triton") is None:
+        return Availability(False, "Triton is not installed")
+    if triton_is_interpreted():
+        return Availability(True, f"interpreted on the CPU ({INTERPRETER_VARIABLE}=1): right, and very slow")
+    if torch.version.cuda is None and torch.version.hip is None:
+        return Availability(
+            False, f"this PyTorch is built for the CPU; {INTERPRETER_VARIABLE}=1 interprets the kernels"
+        )
+    return Availability(True, "Triton kernels for CUDA tensors")
+
+
+@cache
+def triton_is_interpreted() -> bool:
+    """Whether Triton's kernels run on CPU tensors, interpreted; Triton itself looks once, when imported."""
+    return os.environ.get(INTERPRETER_VARIABLE) == "1"
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +31,8 @@ def register_op(
     value_checks: Kernel | None = None,
     native: Kernel | bool = False,
     refuses: Callable[..., str | None] | None = None,
+    triton: str | None = None,
+    triton_refuses: Callable[..., str | None] | None = None,
     setup_context: Kernel | None = None,
     backward: Kernel | None = None,
 ) -> torch._ops.OpOverload:
@@ -39,19 +43,29 @@ def register_op(
         schema: arguments and results, as PyTorch writes them, without the name.
         reference: its meaning in plain PyTorch; serves wherever no kernel does.
         fake: shapes and dtypes of the results.
-        value_checks: raises ValueError for bad values; called for CPU tensors before the reference (kernels check on
-            their own).
+        value_checks: raises ValueError for bad values; called for CPU tensors before the reference and Triton (native
+            kernels check on their own).
         native: True where ``mtvit_ops_cpp::name`` exists with the same arguments, or a function that uses it.
         refuses: a reason why the native kernel cannot take these arguments, or None.
+        triton: the file in ``kernels/`` whose function ``name`` takes the same arguments.
+        triton_refuses: as ``refuses``; default: no float64.
         setup_context, backward: as ``torch.library.register_autograd`` takes them; None: not differentiable.
     """
     reference, fake = _with_plain_strides(reference), _with_plain_strides(fake)
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    cpp = None
+    servers: dict[str, Server] = {}
     if native and _extension.has_extension():
         cpp = native if callable(native) else getattr(getattr(torch.ops, NATIVE_NAMESPACE), name).default
-    _LIBRARY.impl(name, _cpu_kernel(name, reference, value_checks, cpp, refuses), "CPU")
+        servers["cpp"] = Server(_native(name, cpp), refuses)
+    kernel = None
+    if triton is not None and _backend.available_backends()["triton"].available:
+        kernel = Server(_triton(triton, name), triton_refuses or _takes_no_float64, checks_values=False)
+        if _backend.triton_is_interpreted():
+            servers["triton"] = kernel
+    _LIBRARY.impl(name, _dispatch(name, "CPU", servers, reference, value_checks), "CPU")
+    if kernel is not None:  # what values hold is not looked at: it would wait for the device
+        _LIBRARY.impl(name, _dispatch(name, "CUDA", {"triton": kernel}, reference, None), "CUDA")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:
@@ -59,34 +73,75 @@ def register_op(
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _cpu_kernel(
-    name: str,
-    reference: Kernel,
-    value_checks: Kernel | None,
-    cpp: Kernel | None,
-    refuses: Callable[..., str | None] | None,
+class Server(NamedTuple):
+    """One backend's kernel for one op."""
+
+    kernel: Kernel
+    refuses: Callable[..., str | None] | None = None
+    checks_values: bool = True  # on its own
+
+
+DEFAULTS = {"CPU": "cpp", "CUDA": "triton"}  # the fastest
+
+
+def _dispatch(
+    name: str, device: str, servers: dict[str, Server], reference: Kernel, value_checks: Kernel | None
 ) -> Kernel:
+    """The kernel that PyTorch's dispatcher finds for a device: asks who serves, at each call."""
+
     def run(*args: Any) -> Any:
         preferred = _backend.preferred_backend()
-        if cpp is not None and (preferred is None or preferred == "cpp"):
-            why = None if refuses is None else refuses(*args)
+        chosen = preferred or DEFAULTS[device]
+        server = servers.get(chosen)
+        if server is not None:
+            why = None if server.refuses is None else server.refuses(*args)
             if why is None:
-                try:
-                    return cpp(*args)
-                except RuntimeError as error:
-                    raise _in_words(name, error) from None
-        elif cpp is None:
-            why = f"{preferred or 'cpp'} has no kernel for it"
+                if value_checks is not None and not server.checks_values:
+                    value_checks(*args)
+                return server.kernel(*args)
+        elif chosen == DEFAULTS[device]:
+            why = f"{chosen} has no kernel for it"
         else:
-            why = f"{preferred} does not serve CPU tensors"
-        if preferred != "reference":
+            why = f"{chosen} does not serve {device} tensors"
+        if chosen != "reference":
             level = logging.INFO if preferred is None else logging.WARNING
-            _backend.say_once(level, f"{name}: the reference serves on the CPU, since {why}")
+            _backend.say_once(level, f"{name}: the reference serves on {device} tensors, since {why}")
         if value_checks is not None:
             value_checks(*args)
         return reference(*args)
 
     return run
+
+
+def _native(name: str, kernel: Kernel) -> Kernel:
+    """A C++ operator whose bad values raise ValueError."""
+
+    def run(*args: Any) -> Any:
+        try:
+            return kernel(*args)
+        except RuntimeError as error:
+            raise _in_words(name, error) from None
+
+    return run
+
+
+def _triton(stem: str, name: str) -> Kernel:
+    """The launcher ``mtvit_ops.kernels.<stem>.<name>``, imported (and Triton with it) at the first call."""
+
+    def run(*args: Any) -> Any:
+        return _launcher(stem, name)(*args)
+
+    return run
+
+
+@cache
+def _launcher(stem: str, name: str) -> Kernel:
+    return getattr(importlib.import_module(f".kernels.{stem}", __package__), name)
+
+
+def _takes_no_float64(*args: Any) -> str | None:
+    wide = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args)
+    return "the Triton kernels take no float64" if wide else None
 
 
 def _with_plain_strides(function: Kernel) -> Kernel:

@@ -26,8 +26,15 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 from mtvit_ops import _backend  # noqa: E402
 
-# where each backend can run; the CPU's interpreter would be one more place for Triton
-PLACES = (("reference", "cpu"), ("reference", "cuda"), ("cpp", "cpu"), ("triton", "cuda"), ("cuda", "cuda"))
+# where each backend can run; Triton on the CPU is its interpreter, in a process of its own (see Makefile)
+PLACES = (
+    ("reference", "cpu"),
+    ("reference", "cuda"),
+    ("cpp", "cpu"),
+    ("triton", "cpu"),
+    ("triton", "cuda"),
+    ("cuda", "cuda"),
+)
 assert {name for name, _ in PLACES} == set(_backend.BACKENDS)
 
 # the shapes here are small: more threads cost more than they bring
@@ -50,6 +57,8 @@ _allow_cuda_torchvision()
 
 def _refusal(name: str, device: str) -> str | None:
     """Why a backend cannot run there, or None."""
+    if name == "triton" and (device == "cpu") != _backend.triton_is_interpreted():
+        return f"Triton runs on the CPU with {_backend.INTERPRETER_VARIABLE}=1, and on GPUs without it"
     found = _backend.available_backends()[name]
     if not found.available:
         return f"backend {name} cannot serve: {found.reason}"

@@ -84,7 +84,7 @@ def test_the_replacement_is_said_once(triton_serves: None, caplog: pytest.LogCap
         call()
         call()
     assert [record.getMessage() for record in caplog.records] == [
-        "class_attention: the reference serves on the CPU, since triton has no kernel for it"
+        "class_attention: the reference serves on CPU tensors, since triton does not serve CPU tensors"
     ]
 
 
@@ -103,6 +103,40 @@ PREFERENCES = {  # block; what runs, what the warning says
 }
 
 
+def test_triton_serves_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it serves CPU tensors it is asked for by name, takes no float64, and has its values checked for it."""
+    checked = []
+    servers = {
+        "cpp": _register.Server(lambda _: "native"),
+        "triton": _register.Server(lambda _: "triton", _register._takes_no_float64, checks_values=False),
+    }
+    kernel = _register._dispatch("op", "CPU", servers, lambda _: "reference", checked.append)
+    for block, argument, runs in (
+        (None, torch.ones(1), "native"),
+        ("triton", torch.ones(1), "triton"),
+        ("triton", torch.ones(1).double(), "reference"),
+    ):
+        monkeypatch.setattr(_backend, "preferred_backend", lambda block=block: block)
+        assert kernel(argument) == runs
+    assert len(checked) == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "available", "reason"),
+    [("1", True, "interpreted on the CPU"), ("", False, "TRITON_INTERPRET=1 interprets the kernels")],
+)
+def test_triton_on_the_cpu(variable: str, available: bool, reason: str) -> None:
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        pytest.skip("this PyTorch has GPUs to serve")
+    code = "import mtvit_ops; print(*mtvit_ops.available_backends()['triton'])"
+    environment = {**os.environ, _backend.INTERPRETER_VARIABLE: variable}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=PARENT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith(str(available))
+    assert reason in run.stdout
+
+
 @pytest.mark.parametrize(("block", "runs", "warning"), PREFERENCES.values(), ids=PREFERENCES)
 @pytest.mark.parametrize("refusal", [None, "it is full moon"])
 def test_who_serves(
@@ -117,9 +151,8 @@ def test_who_serves(
     monkeypatch.setattr(_backend, "preferred_backend", lambda: block)
     _backend.say_once.cache_clear()
     checked = []
-    kernel = _register._cpu_kernel(
-        "op", lambda _: "reference", checked.append, lambda _: "native", lambda _: refusal
-    )  # fmt: skip
+    servers = {"cpp": _register.Server(lambda _: "native", lambda _: refusal)}
+    kernel = _register._dispatch("op", "CPU", servers, lambda _: "reference", checked.append)
     with caplog.at_level(logging.WARNING, "mtvit_ops"):
         found = kernel("argument")
     if runs == "native" and refusal is not None:
@@ -133,7 +166,7 @@ def test_native_value_errors_become_value_errors() -> None:
     def kernel(text: str) -> None:
         raise RuntimeError(text)
 
-    run = _register._cpu_kernel("op", lambda _: "reference", None, kernel, None)
+    run = _register._native("op", kernel)
     with pytest.raises(ValueError, match=r"^op: rows must lie in"):
         run("Exception raised from f: mtvit_ops value error: rows must lie in [0, 3), got 4\nframe #0")
     with pytest.raises(RuntimeError, match=r"^out of memory$"):

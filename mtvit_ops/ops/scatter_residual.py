@@ -78,9 +78,9 @@ def _value_checks(x: Tensor, rows: Tensor | None, *_: Any) -> None:
 
 def _refuses(x: Tensor, *_: Any) -> str | None:
     if x.dtype == torch.float64:
-        return "the native kernel takes no float64"
+        return "the kernels take no float64"
     if x.stride(1) != 1 and x.shape[1] > 1:
-        return "the native kernel writes rows whose last stride is 1"
+        return "the kernels write rows whose last stride is 1"
     return None
 
 
@@ -110,6 +110,7 @@ SCATTER_RESIDUAL_BACKWARD = register_op(
         grad.new_empty(grad.shape[0] if rows is None else rows.shape[0], grad.shape[1]),
         grad.new_empty(0) if scale is None else torch.empty_like(scale),
     ),
+    triton="scatter_residual",
 )
 SCATTER_RESIDUAL = register_op(
     "scatter_residual",
@@ -119,6 +120,7 @@ SCATTER_RESIDUAL = register_op(
     value_checks=_value_checks,
     native=_native,
     refuses=_refuses,
+    triton="scatter_residual",
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -130,4 +132,6 @@ SCATTER_RESIDUAL_INPLACE = register_op(
     value_checks=_value_checks,
     native=True,
     refuses=_refuses,
+    triton="scatter_residual",
+    triton_refuses=_refuses,
 )

@@ -1,0 +1,28 @@
+"""Launch configurations, one place for numbers that belong to the hardware, and how a launch is made."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+
+ROW_ELEMENTS = 4096  # of a tile of rows: 32 values for each thread of 4 warps
+MAX_COLUMNS = 1024  # of such a tile; wider rows are taken in pieces
+
+
+def row_tile(columns: int) -> tuple[int, int]:
+    """Rows and columns of a tile for kernels that stream rows of a given width."""
+    width = min(triton.next_power_of_2(max(columns, 1)), MAX_COLUMNS)
+    return max(1, ROW_ELEMENTS // width), width
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def dot_precision() -> str:
+    """How float32 factors are multiplied: PyTorch's own switch for CUDA matrix products."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

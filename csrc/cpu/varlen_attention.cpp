@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "attention.h"
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -30,12 +31,6 @@ struct Item {
   int64_t cost;
 };
 
-// One of q, k and v: strides in elements, the last one 1.
-struct View {
-  const void* data;
-  int64_t token, head;
-};
-
 struct Problem {
   View q, k, v;
   int64_t total_q, total_k;  // tokens
@@ -50,44 +45,6 @@ struct Problem {
 
 bool is_whole(const Problem& p, const Item& item) {
   return item.begin == 0 && item.end == num_blocks(p.nq(item.image));
-}
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float, Free>;
-
-Buffer allocate(int64_t floats) {
-  void* p = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(floats, 1), 16)) * sizeof(float));
-  if (p == nullptr) throw std::bad_alloc();
-  return Buffer(static_cast<float*>(p));
-}
-
-// Each thread keeps its scratch between calls up to 16 MiB, enough for 8192 keys of two 64-wide heads.
-float* thread_scratch(int64_t floats, Buffer& large) {
-  constexpr int64_t kKept = int64_t{4} << 20;
-  if (floats > kKept) {
-    large = allocate(floats);
-    return large.get();
-  }
-  thread_local Buffer kept;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    kept.reset();
-    size = 0;
-    kept = allocate(floats);
-    size = floats;
-  }
-  return kept.get();
-}
-
-// A last stride other than 1 costs a copy.
-Tensor dense_last(const Tensor& t) {
-  return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
-}
-
-View view(const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(1)};
 }
 
 // Whole heads where there are enough of them; else queries are split so that each thread has about three items.
@@ -189,27 +146,6 @@ void fill_rest(const Problem& p, const Outputs& o, Scores mode) {
   no_queries(p.cu_k[p.batch], p.total_k);
 }
 
-// Offsets against the tokens there are, and the bounds that the host gave.
-void check_offsets(const Problem& p, int64_t max_seqlen_q, int64_t max_seqlen_k) {
-  const int64_t longest_q = check_cu_seqlens("cu_seqlens_q", p.cu_q, p.batch, p.total_q);
-  const int64_t longest_k = check_cu_seqlens("cu_seqlens_k", p.cu_k, p.batch, p.total_k);
-  MTVIT_CHECK_VALUE(max_seqlen_q >= longest_q, "max_seqlen_q must be at least ", longest_q, ", got ", max_seqlen_q);
-  MTVIT_CHECK_VALUE(max_seqlen_k >= longest_k, "max_seqlen_k must be at least ", longest_k, ", got ", max_seqlen_k);
-}
-
-void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k) {
-  check_dim("q", q, 3, "(Tq, H, d)");
-  check_dim("k", k, 3, "(Tk, H, d)");
-  check_dim("v", v, 3, "(Tk, H, dv)");
-  MTVIT_CHECK(k.size(1) == q.size(1) && k.size(2) == q.size(2), "k must have shape (Tk, ", q.size(1), ", ", q.size(2),
-              "), got ", shape_of(k));
-  MTVIT_CHECK(v.size(0) == k.size(0) && v.size(1) == k.size(1), "v must have shape (", k.size(0), ", ", k.size(1),
-              ", dv), got ", shape_of(v));
-  MTVIT_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-              "q, k and v must have one dtype");
-  MTVIT_CHECK(cu_q.size(0) == cu_k.size(0), "cu_seqlens_k must have shape (", cu_q.size(0), ",), got ", shape_of(cu_k));
-}
-
 // The work itself; `like` gives dtype and device of the results.
 Attended attend(const Problem& p, const Tensor& like, double scale, const std::optional<Tensor>& key_bias,
                 int64_t scores) {
@@ -219,14 +155,11 @@ Attended attend(const Problem& p, const Tensor& like, double scale, const std::o
   o.native = &kernels();
   Tensor bias;  // kept alive as long as o.bias points into it
   if (key_bias) {
-    const int64_t dim = key_bias->dim();
-    MTVIT_CHECK((dim == 1 || (dim == 2 && key_bias->size(1) == p.heads)) && key_bias->size(0) == p.total_k,
-                "key_bias must have shape (", p.total_k, ",) or (", p.total_k, ", ", p.heads, "), got ",
-                shape_of(*key_bias));
+    check_key_bias(*key_bias, p.total_k, p.heads);
     bias = as_float32("key_bias", *key_bias);
     o.bias = data<float>(bias);
-    o.bias_token = dim == 2 ? p.heads : 1;
-    o.bias_head = dim == 2 ? 1 : 0;
+    o.bias_token = bias.dim() == 2 ? p.heads : 1;
+    o.bias_head = bias.dim() == 2 ? 1 : 0;
   }
   Tensor out = torch::stable::new_empty(like, {p.total_q, p.heads, p.dv});
   Tensor lse = torch::stable::new_empty(like, {p.total_q, p.heads}, ScalarType::Float);
@@ -268,12 +201,12 @@ Attended varlen_attention(const Tensor& queries, const Tensor& keys, const Tenso
                           std::optional<Tensor> key_bias, int64_t scores) {
   const Tensor cu_q = cu_seqlens_vector("cu_seqlens_q", cu_seqlens_q);
   const Tensor cu_k = cu_seqlens_vector("cu_seqlens_k", cu_seqlens_k);
-  check(queries, keys, values, cu_q, cu_k);
+  check_attention(queries, keys, values, cu_q, cu_k);
   const Tensor q = dense_last(queries), k = dense_last(keys), v = dense_last(values);
   const Problem p{
       view(q),          view(k),   view(v),   q.size(0), k.size(0),           data<int32_t>(cu_q), data<int32_t>(cu_k),
       cu_q.size(0) - 1, q.size(1), q.size(2), v.size(2), check_dtype("q", q), q.element_size()};
-  check_offsets(p, max_seqlen_q, max_seqlen_k);
+  check_attention_offsets(p.cu_q, p.cu_k, p.batch, p.total_q, p.total_k, max_seqlen_q, max_seqlen_k);
   return attend(p, q, scale, key_bias, scores);
 }
 
@@ -294,7 +227,7 @@ Attended packed_attention(const Tensor& qkv, int64_t heads, const Tensor& cu_seq
   const Problem p{part(0),           part(1),        part(2), qkv.size(0), qkv.size(0), offsets,
                   offsets,           cu.size(0) - 1, heads,   d,           d,           check_dtype("qkv", qkv),
                   qkv.element_size()};
-  check_offsets(p, max_seqlen, max_seqlen);
+  check_attention_offsets(p.cu_q, p.cu_k, p.batch, p.total_q, p.total_k, max_seqlen, max_seqlen);
   return attend(p, qkv, scale, std::nullopt, scores);
 }
 

@@ -26,3 +26,22 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 def dot_precision() -> str:
     """How float32 factors are multiplied: PyTorch's own switch for CUDA matrix products."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+# slow_fast: programs loop over an image's rows
+
+SLOW_FAST_WARPS = 4
+IMAGE_COLUMNS = 128  # whole cache lines in every dtype, and enough programs at small batches
+WHOLE_ROW_ELEMENTS = 8192  # one program an image: twice the loads in flight
+
+
+def image_tile(columns: int) -> tuple[int, int]:
+    """Rows and columns of a tile for programs that take one image and some columns."""
+    width = min(triton.next_power_of_2(max(columns, 1)), IMAGE_COLUMNS)
+    return max(1, min(ROW_ELEMENTS // width, 128)), width
+
+
+def whole_row_tile(columns: int) -> tuple[int, int]:
+    """Rows and columns of a tile for programs that take one image and all columns."""
+    width = min(triton.next_power_of_2(max(columns, 1)), MAX_COLUMNS)
+    return max(1, min(WHOLE_ROW_ELEMENTS // width, 128)), width

@@ -1,9 +1,9 @@
 """slow_fast: one representative row an image, its increment handed back to the rows it stands for, and their gradients.
 
-Grid of the sums and of the update: one program for an image and BLOCK_D columns, which takes the image's entries BLOCK_T
-at a time: a list of any length needs no bound from the host. A listed row is read once (the update also writes it): D
-values a token, 2 * D with the write. Sums run over an image's entries in the order they stand in, float32, and are
-folded once at the end: no atomics, and no result depends on another image.
+Grid of the sums and of the update: one program for an image and BLOCK_D columns, which takes the image's entries in
+pieces of BLOCK_T: a list of any length needs no bound from the host. A listed row is read once (the update also writes
+it): D values a token, 2 * D with the write. Sums run over an image's entries in the order they stand in, in float32,
+and are folded once at the end: no atomics, and no result depends on another image.
 
 The gradient of ``merge`` takes whole rows, one program an image, since the gradient of a weight is a product over all
 columns: D values read and D written a token. With normalised weights it waits for the image's mean product, so the

@@ -49,24 +49,23 @@ def whole_row_tile(columns: int) -> tuple[int, int]:
 
 # ragged_patch_embed: products over the pixels of patches
 
-PATCH_TOKENS = 128
 PATCH_WARPS = 8  # a 128 x 128 float32 sum: 64 registers a thread
-PATCH_STAGES = 3
+PATCH_STAGES = 4
 PLAN_BLOCK = 256  # images of a step; most batches are one
 WEIGHT_PROGRAMS = 264  # two for each multiprocessor of an H200
 WEIGHT_STEPS = 4  # tiles of patches that a span takes at least
 
 
 def patch_tile(dtype: torch.dtype) -> tuple[int, int]:
-    """Tokens of a tile, and how many factors of each sum are loaded at a time: 128 bytes a row."""
-    return PATCH_TOKENS, 32 if dtype == torch.float32 else 64
+    """Tokens of a tile, and how many factors of each sum are loaded at a time; more of either spills registers."""
+    return (64, 16) if dtype == torch.float32 else (128, 32)
 
 
 def patch_columns(columns: int) -> int:
     """Columns of a tile: 128, or 64 where that leaves fewer empty."""
     if columns <= 64:
         return max(16, triton.next_power_of_2(columns))
-    return 128 if -columns % 128 <= -columns % 64 else 64
+    return 64 if -columns % 128 > -columns % 64 else 128
 
 
 def weight_spans(tiles: int, steps: int) -> int:

@@ -28,9 +28,9 @@ def dot_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-# slow_fast: programs loop over an image's rows
+# slow_fast, and the tables of ragged_patch_embed: programs loop over an image's rows, or a place's images
 
-SLOW_FAST_WARPS = 4
+IMAGE_WARPS = 8  # 16 sums a thread; with 4 warps some targets spill
 IMAGE_COLUMNS = 128  # whole cache lines in every dtype, and enough programs at small batches
 WHOLE_ROW_ELEMENTS = 8192  # one program an image: twice the loads in flight
 

@@ -229,7 +229,8 @@ def make_plan(tails: Tensor, lengths: list[int]) -> Plan:
 def flat_weight(weight: Tensor) -> Tensor:
     """(D, C * k * k), rows filled up with zeros to where 16 bytes start in every dtype."""
     flat = weight.flatten(1)
-    return F.pad(flat, (0, -flat.shape[1] % 8)).contiguous()
+    gap = -flat.shape[1] % 8
+    return (F.pad(flat, (0, gap)) if gap else flat).contiguous()
 
 
 def geometry(images: Tensor, prefix: Tensor, weight: Tensor, tail: int, stride: int, padding: int) -> dict[str, int]:

@@ -109,6 +109,7 @@ def scatter_residual_(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor |
         return
     if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         y = y.clone()  # programs run in no order: none may write what another still reads
+    rows = None if rows is None else rows.contiguous()
     block_t, block_d = row_tile(columns)
     grid = (triton.cdiv(tokens, block_t), triton.cdiv(columns, block_d))
     with on_device_of(x):
@@ -141,7 +142,7 @@ def scatter_residual_backward(
     grad: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     tokens, columns = (grad if rows is None else rows).shape[0], grad.shape[1]
-    kind = _kind(scale)
+    rows, kind = None if rows is None else rows.contiguous(), _kind(scale)
     grad_y = grad.new_empty(tokens, columns)
     if tokens == 0 or columns == 0:
         return grad_y, grad.new_zeros(0) if scale is None else torch.zeros_like(scale)

@@ -21,7 +21,7 @@ class Case(NamedTuple):
     rows: tuple[int, ...] | None = None  # a list written out instead of drawn
     scale: str | None = None  # "layer": (D,), "token": (T, 1)
     float32_scale: bool = False
-    strided: bool = False  # x is the left half of a wider array, y every other row of one
+    strided: bool = False  # x is the left half of a wider array, y and rows every other entry of one
 
 
 CASES = {
@@ -60,6 +60,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor | N
         rows = torch.tensor(case.rows, dtype=torch.int32, device=device)
     elif case.live is not None:
         rows = random_rows(case.num_rows, case.live, case.dead, device)
+    if rows is not None and case.strided:
+        rows = rows.repeat_interleave(2)[::2]
     tokens = case.num_rows if rows is None else len(rows)
     step = 2 if case.strided else 1
     x = random_tensor(case.num_rows, step * case.dim, dtype=dtype, device=device)[:, : case.dim]

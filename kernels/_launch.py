@@ -26,3 +26,25 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 def dot_precision() -> str:
     """How float32 factors are multiplied: PyTorch's own switch for CUDA matrix products."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+# --- layer norm: tiles that hold whole rows ---
+
+MAX_WARPS = 16  # 1024 threads on AMD, the most a group has
+FORWARD_VALUES = 32  # of a tile for each thread: rows of 384 bfloat16 values come eight at a time
+BACKWARD_VALUES = 16  # of each of four tiles: two inputs, two running sums
+BACKWARD_PROGRAMS = 528  # four for each of an H200's 132 multiprocessors; fixed, so that results depend on no device
+BACKWARD_TILES = 2  # at least, a program: partial sums are written once for all of them
+
+
+def whole_row_tile(columns: int, values: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a tile of whole rows, about ``values`` for each thread; rows past 8192 spill."""
+    width = triton.next_power_of_2(max(columns, 1))
+    warps = min(max(4, width // (32 * values)), MAX_WARPS)
+    return max(1, 128 * values // width), width, warps
+
+
+def partial_sums(tiles: int) -> tuple[int, int]:
+    """Programs that share so many tiles, each with running sums of its own, and tiles a program."""
+    programs = min(triton.cdiv(tiles, BACKWARD_TILES), BACKWARD_PROGRAMS)
+    return programs, triton.cdiv(tiles, programs)

@@ -76,6 +76,7 @@ GATHER_LAYER_NORM_BACKWARD = register_op(
         torch.empty_like(weight),
         torch.empty_like(weight),
     ),
+    triton="gather_layer_norm",
 )
 GATHER_LAYER_NORM = register_op(
     "gather_layer_norm",
@@ -85,6 +86,7 @@ GATHER_LAYER_NORM = register_op(
     value_checks=_value_checks,
     native=True,
     refuses=lambda x, *_: "the native kernel takes no float64" if x.dtype == torch.float64 else None,
+    triton="gather_layer_norm",
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -35,6 +35,7 @@ FORWARD_VALUES = 32  # of a tile for each thread: rows of 384 bfloat16 values co
 BACKWARD_VALUES = 16  # of each of four tiles: two inputs, two running sums
 BACKWARD_PROGRAMS = 528  # four for each of an H200's 132 multiprocessors; fixed, so that results depend on no device
 BACKWARD_TILES = 2  # at least, a program: partial sums are written once for all of them
+SUM_ROWS, SUM_COLUMNS = 256, 16  # of the partial sums: few turns, each with many loads under way
 
 
 def whole_row_tile(columns: int, values: int) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import BACKWARD_VALUES, FORWARD_VALUES, on_device_of, partial_sums, whole_row_tile
+from ._launch import BACKWARD_VALUES, FORWARD_VALUES, SUM_COLUMNS, SUM_ROWS, on_device_of, partial_sums, whole_row_tile
 from ._math import rounded
 
 
@@ -227,8 +227,14 @@ def gather_layer_norm_backward(
             BLOCK_D=block_d,
             num_warps=warps,
         )
-        # all partial sums of 16 columns: few turns, each with many loads under way
-        column_sums_kernel[(triton.cdiv(columns, 16),)](
-            partial, grad_weight, grad_bias, programs, D=columns, BLOCK_P=256, BLOCK_D=16, num_warps=8
+        column_sums_kernel[(triton.cdiv(columns, SUM_COLUMNS),)](
+            partial,
+            grad_weight,
+            grad_bias,
+            programs,
+            D=columns,
+            BLOCK_P=SUM_ROWS,
+            BLOCK_D=SUM_COLUMNS,
+            num_warps=8,
         )
     return grad_x, grad_weight, grad_bias

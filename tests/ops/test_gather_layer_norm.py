@@ -41,7 +41,6 @@ CASES = {
     "D=1024": Case(6, live=3, dim=1024),
     "D=1025": Case(6, live=3, dim=1025),
     "D=4096": Case(4, live=2, dim=4096),
-    "D=4097": Case(4, live=2, dim=4097),
     # rows a tile holds (8, and 4 in the gradient), one fewer, one more
     "tile-1": Case(16, live=7, dim=384),
     "tile": Case(16, live=8, dim=384),

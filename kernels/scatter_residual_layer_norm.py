@@ -1,10 +1,10 @@
 """scatter_residual_layer_norm: ``x[rows] += scale * y`` and the layer norm of those rows, packed.
 
-Grid: one program for BLOCK_T list entries, tiles of whole rows as in gather_layer_norm. The sum is rounded, written and,
-as rounded, normalised while it is in registers: 4 * D values a token in one launch, where the two ops move 5 * D in two.
-Their own functions are used, in the same tiles, so the results are theirs. Rows are different: writes are disjoint, and
-results do not depend on their order. The functional form reads one array and writes another; only with a list must the
-rest of the rows be copied first.
+Grid: one program for BLOCK_T list entries, tiles of whole rows as in gather_layer_norm. The sum is rounded, written
+and, as rounded, normalised while it is in registers: 4 * D values a token in one launch, where the two ops move 5 * D
+in two. Their own functions are used in the same tiles, so the results are theirs. Rows are different: writes are
+disjoint, and results do not depend on their order. The functional form reads one array and writes another; only with a
+list must the rest of the rows be copied first.
 """
 
 from __future__ import annotations

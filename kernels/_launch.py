@@ -41,6 +41,8 @@ SUM_ROWS, SUM_COLUMNS = 256, 16  # of the partial sums: few turns, each with man
 def whole_row_tile(columns: int, values: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a tile of whole rows, about ``values`` for each thread; rows past 8192 spill."""
     width = triton.next_power_of_2(max(columns, 1))
+    if columns % 16:  # rows are not aligned: single values are loaded, each by an address of its own
+        values //= 2
     warps = min(max(4, width // (32 * values)), MAX_WARPS)
     return max(1, 128 * values // width), width, warps
 

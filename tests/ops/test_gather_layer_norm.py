@@ -41,7 +41,7 @@ CASES = {
     "D=1024": Case(6, live=3, dim=1024),
     "D=1025": Case(6, live=3, dim=1025),
     "D=4096": Case(4, live=2, dim=4096),
-    # rows a tile holds (8, and 4 in the gradient), one fewer, one more
+    # rows a tile holds (8, and twice 4 in the gradient), one fewer, one more
     "tile-1": Case(16, live=7, dim=384),
     "tile": Case(16, live=8, dim=384),
     "tile+1": Case(16, live=9, dim=384),
@@ -102,14 +102,14 @@ def test_matches_layer_norm(case: Case, backend: str, device: str, dtype: torch.
 
 
 def test_any_strides(backend: str, device: str, dtype: torch.dtype) -> None:
-    """A turned ``x``, every other parameter: layouts that a kernel cannot read in place."""
+    """A turned ``x``, every other parameter and entry: layouts that a kernel may not read in place."""
     rows = torch.tensor([3, -1, 0], dtype=torch.int32, device=device)
     x = random_tensor(9, 5, dtype=dtype, device=device)
     weight, bias = random_tensor(9, dtype=dtype, device=device), random_tensor(9, dtype=dtype, device=device)
     wide = torch.stack((weight, torch.full_like(weight, math.nan)), dim=1)[:, 0]
     assert_equal(
         "out",
-        gather_layer_norm(x.T, rows, wide, bias.repeat_interleave(2)[::2]),
+        gather_layer_norm(x.T, rows.repeat_interleave(2)[::2], wide, bias.repeat_interleave(2)[::2]),
         gather_layer_norm(x.T.contiguous(), rows, weight, bias),
     )
 

@@ -120,7 +120,7 @@ def scatter_residual_(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor |
     with on_device_of(x):
         scatter_residual_kernel[grid](
             x,
-            rows,
+            rows if rows is None else rows.contiguous(),
             y,
             scale,
             x.stride(0),
@@ -158,7 +158,7 @@ def scatter_residual_backward(
     with on_device_of(grad):
         scatter_residual_backward_kernel[grid](
             grad,
-            rows,
+            rows if rows is None else rows.contiguous(),
             y,
             scale,
             grad_y,

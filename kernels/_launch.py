@@ -41,7 +41,7 @@ def image_tile(columns: int) -> tuple[int, int]:
     return max(1, min(ROW_ELEMENTS // width, 128)), width
 
 
-def whole_row_tile(columns: int) -> tuple[int, int]:
+def image_row_tile(columns: int) -> tuple[int, int]:
     """Rows and columns of a tile for programs that take one image and all columns."""
     width = min(triton.next_power_of_2(max(columns, 1)), MAX_COLUMNS)
     return max(1, min(WHOLE_ROW_ELEMENTS // width, 128)), width
@@ -71,3 +71,28 @@ def patch_columns(columns: int) -> int:
 def weight_spans(tiles: int, steps: int) -> int:
     """In how many parts the patches are taken for the gradient of a weight: by shapes, never by counts."""
     return max(1, min(WEIGHT_PROGRAMS // tiles, steps // WEIGHT_STEPS))
+
+
+# layer norm: tiles that hold whole rows
+
+MAX_WARPS = 16  # 1024 threads on AMD, the most a group has
+FORWARD_VALUES = 32  # of a tile for each thread: rows of 384 bfloat16 values come eight at a time
+BACKWARD_VALUES = 16  # of each of four tiles: two inputs, two running sums
+BACKWARD_PROGRAMS = 528  # four for each of an H200's 132 multiprocessors; fixed, so that results depend on no device
+BACKWARD_TILES = 2  # at least, a program: partial sums are written once for all of them
+SUM_ROWS, SUM_COLUMNS = 256, 16  # of the partial sums: few turns, each with many loads under way
+
+
+def whole_row_tile(columns: int, values: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a tile of whole rows, about ``values`` for each thread; rows past 8192 spill."""
+    width = triton.next_power_of_2(max(columns, 1))
+    if columns % 16:  # rows are not aligned: single values are loaded, each by an address of its own
+        values //= 2
+    warps = min(max(4, width // (32 * values)), MAX_WARPS)
+    return max(1, 128 * values // width), width, warps
+
+
+def partial_sums(tiles: int) -> tuple[int, int]:
+    """Programs that share so many tiles, each with running sums of its own, and tiles a program."""
+    programs = min(triton.cdiv(tiles, BACKWARD_TILES), BACKWARD_PROGRAMS)
+    return programs, triton.cdiv(tiles, programs)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import IMAGE_WARPS, image_tile, on_device_of, whole_row_tile
+from ._launch import IMAGE_WARPS, image_row_tile, image_tile, on_device_of
 from ._math import rounded
 
 ONES, AS_THEY_ARE, NORMALIZED = 0, 1, 2  # how entries are weighted
@@ -202,7 +202,7 @@ def slow_fast_merge_backward(
     grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     if batch == 0 or columns == 0 or weights.shape[0] == 0:
         return grad_x, grad_weights
-    block_t, block_d = whole_row_tile(columns)
+    block_t, block_d = image_row_tile(columns)
     with on_device_of(grad):
         merge_backward_kernel[(batch,)](
             grad,

@@ -46,6 +46,8 @@ SURFACE = {
         "ragged_patch_embed",
         "scatter_residual",
         "scatter_residual_",
+        "scatter_residual_layer_norm",
+        "scatter_residual_layer_norm_",
         "slow_fast_merge",
         "slow_fast_update",
         "token_select",

@@ -74,6 +74,13 @@ def samples() -> dict[str, list[tuple]]:
             (random_tensor(6, 8), rows, random_tensor(5, 8), random_tensor(8)),
             (random_tensor(6, 8), None, random_tensor(6, 8), None),
         ],
+        "scatter_residual_layer_norm": [
+            (draw(6, 8), rows, draw(5, 8), draw(8), draw(8), 1e-6, draw(8)),
+            (draw(6, 8), None, draw(6, 8), draw(8), draw(8), 1e-6, None),
+        ],
+        "scatter_residual_layer_norm_": [
+            (random_tensor(6, 8), rows, random_tensor(5, 8), torch.ones(8), torch.ones(8), 1e-6, torch.ones(5, 1))
+        ],
         "slow_fast_merge": [
             (draw(6, 8), draw(5), rows, cu_seqlens, 3, True),
             (draw(6, 8), draw(6), None, cu_seqlens, 3, False),
@@ -172,6 +179,12 @@ def step_in_place(x: Tensor, y: Tensor) -> Tensor:
         return ops.scatter_residual_(x.clone(), ROWS, y)
 
 
+def normed_in_place(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        x = x.clone()
+        return x, ops.scatter_residual_layer_norm_(x, ROWS, y, weight, bias)
+
+
 ROWS, OFFSETS = int32(0, 2, 3, 5, -1), offsets((3, 1))
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {  # a call, and its tensors' shapes
     "varlen_attention": (
@@ -188,6 +201,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {  # a
         {"x": (6, 8), "y": (5, 8), "scale": (8,)},
     ),
     "scatter_residual_": (step_in_place, {"x": (6, 8), "y": (5, 8)}),
+    "scatter_residual_layer_norm": (
+        lambda x, y, weight, bias, scale: ops.scatter_residual_layer_norm(x, ROWS, y, weight, bias, scale=scale),
+        {"x": (6, 8), "y": (5, 8), "weight": (8,), "bias": (8,), "scale": (8,)},
+    ),
+    "scatter_residual_layer_norm_": (normed_in_place, {"x": (6, 8), "y": (5, 8), "weight": (8,), "bias": (8,)}),
     "slow_fast_merge": (
         lambda x, weights: ops.slow_fast_merge(x, weights, ROWS, OFFSETS, 3),
         {"x": (6, 8), "weights": (5,)},

@@ -191,3 +191,13 @@ def test_y_may_lie_in_x(backend: str, device: str) -> None:
     expected[1:] += x[:3]
     scatter_residual_(x, rows, x[:3])
     assert torch.equal(x, expected)
+
+
+def test_list_may_be_strided(backend: str, device: str) -> None:
+    """Every other entry of a longer list; the others name rows too."""
+    rows = torch.tensor([0, 3, 2, 1], dtype=torch.int32, device=device)[::2]
+    x, y = torch.zeros(4, 3, device=device, requires_grad=True), torch.ones(2, 3, device=device)
+    out = scatter_residual(x, rows, y.requires_grad_())
+    assert out[:, 0].tolist() == [1.0, 0.0, 1.0, 0.0]
+    weights = torch.arange(12.0, device=device).reshape(4, 3)
+    assert_equal("gradient of y", torch.autograd.grad(out, y, weights)[0], weights[::2])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from contextvars import copy_context
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,3 +30,104 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 def dot_precision() -> str:
     """How float32 factors are multiplied: PyTorch's own switch for CUDA matrix products."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+# ragged_linear
+
+
+class LinearTile(NamedTuple):
+    """A tile of a matrix product, and how it is worked on."""
+
+    rows: int
+    columns: int
+    depth: int  # of one step along K
+    warps: int
+    stages: int  # steps whose loads are on their way at once
+
+
+HALF_TILES = (  # largest first
+    LinearTile(128, 256, 64, 8, 3),  # least traffic a product; alone on its processor, so only where K is long
+    LinearTile(128, 128, 64, 8, 3),  # two a processor: one multiplies while the other writes
+    LinearTile(128, 64, 64, 4, 4),  # widths of 192 and 576
+    LinearTile(64, 64, 64, 4, 4),  # a few images
+    LinearTile(64, 32, 64, 4, 5),  # one image: more programs, deeper pipelines
+)
+FLOAT_TILES = (LinearTile(64, 64, 32, 4, 3),)  # 32 accumulators a thread leave room for float32 factors
+LONG_DEPTH = 768  # from here on the products of a tile take longer than its epilogue
+WARPS = 16  # of a processor: up to 128 registers a thread
+INTERPRETED_PROGRAMS = 3  # few, so that each walks over several tiles
+
+
+class Limits(NamedTuple):
+    """Of a device: what decides how many programs run at once, and how deep they load ahead."""
+
+    processors: int
+    shared_processor: int  # bytes
+    shared_program: int
+    double_buffer: bool  # stages hold registers and one buffer each, as on AMD
+    descriptors: bool
+
+
+@cache
+def limits(device: torch.device) -> Limits:
+    if device.type != "cuda":
+        return Limits(INTERPRETED_PROGRAMS, 1 << 17, 1 << 17, False, True)
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Limits(found.multi_processor_count, 1 << 16, 1 << 16, True, False)
+    return Limits(
+        found.multi_processor_count,
+        found.shared_memory_per_multiprocessor,
+        found.shared_memory_per_block_optin,
+        False,
+        found.major >= 9,
+    )
+
+
+def linear_tile(tokens: int, columns: int, depth: int, like: Tensor) -> LinearTile:
+    """The largest tile that wastes few columns and gives every processor one, at capacity."""
+    tiles = FLOAT_TILES if like.dtype == torch.float32 else HALF_TILES
+    here = limits(like.device)
+    least = triton.cdiv(columns, tiles[-1].columns) * tiles[-1].columns
+    for tile in tiles:
+        across = triton.cdiv(columns, tile.columns)
+        enough = triton.cdiv(tokens, tile.rows) * across >= here.processors
+        if enough and across * tile.columns <= 1.125 * least and (tile.columns < 256 or depth >= LONG_DEPTH):
+            break
+    if here.double_buffer:
+        return tile._replace(stages=2)
+    return tile._replace(stages=max(1, min(tile.stages, here.shared_program // _stage_bytes(tile, like))))
+
+
+def linear_programs(tile: LinearTile, like: Tensor) -> int:
+    """How many programs of this tile the device holds at once."""
+    here = limits(like.device)
+    buffers = tile.stages - 1 if here.double_buffer else tile.stages
+    by_shared = here.shared_processor // max(1, buffers * _stage_bytes(tile, like))
+    return here.processors * max(1, min(by_shared, WARPS // tile.warps))
+
+
+def _stage_bytes(tile: LinearTile, like: Tensor) -> int:
+    return (tile.rows + tile.columns) * tile.depth * like.element_size()
+
+
+def descriptors_fit(*matrices: Tensor) -> bool:
+    """Whether the device has TMA, and may be told of these matrices: rows and bases at multiples of 16 bytes."""
+    return limits(matrices[0].device).descriptors and all(
+        matrix.stride(1) == 1
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+        and matrix.stride(0) >= matrix.shape[1]
+        and matrix.data_ptr() % 16 == 0
+        for matrix in matrices
+    )
+
+
+def with_scratch(run: Callable[..., object]) -> Callable[..., object]:
+    """A launch of a kernel that makes its own descriptors, for which Triton asks the caller for memory."""
+    context = copy_context()  # the caller's allocator, if there is one, stays
+    context.run(triton.set_allocator, _scratch)
+    return partial(context.run, run)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -43,18 +43,18 @@ class LinearTile(NamedTuple):
     depth: int  # of one step along K
     warps: int
     stages: int  # steps whose loads are on their way at once
+    registers: int | None = None  # at most, a thread
 
 
 HALF_TILES = (  # largest first
     LinearTile(128, 256, 64, 8, 3),  # least traffic a product; alone on its processor, so only where K is long
-    LinearTile(128, 128, 64, 8, 3),  # two a processor: one multiplies while the other writes
+    LinearTile(128, 128, 64, 8, 3, 128),  # two a processor: one multiplies while the other writes
     LinearTile(128, 64, 64, 4, 4),  # widths of 192 and 576
     LinearTile(64, 64, 64, 4, 4),  # a few images
     LinearTile(64, 32, 64, 4, 5),  # one image: more programs, deeper pipelines
 )
 FLOAT_TILES = (LinearTile(64, 64, 32, 4, 3),)  # 32 accumulators a thread leave room for float32 factors
 LONG_DEPTH = 768  # from here on the products of a tile take longer than its epilogue
-WARPS = 16  # of a processor: up to 128 registers a thread
 INTERPRETED_PROGRAMS = 3  # few, so that each walks over several tiles
 
 
@@ -64,24 +64,26 @@ class Limits(NamedTuple):
     processors: int
     shared_processor: int  # bytes
     shared_program: int
-    double_buffer: bool  # stages hold registers and one buffer each, as on AMD
-    descriptors: bool
+    warp_groups: bool  # four warps multiply out of shared memory, where TMA puts the factors: registers to spare
+
+    @property
+    def warps(self) -> int:  # of a processor, at 128 or at 256 registers a thread
+        return 16 if self.warp_groups else 8
+
+    @property
+    def held(self) -> int:  # of the stages, those in registers
+        return 0 if self.warp_groups else 1
 
 
 @cache
 def limits(device: torch.device) -> Limits:
     if device.type != "cuda":
-        return Limits(INTERPRETED_PROGRAMS, 1 << 17, 1 << 17, False, True)
+        return Limits(INTERPRETED_PROGRAMS, 1 << 17, 1 << 17, True)
     found = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return Limits(found.multi_processor_count, 1 << 16, 1 << 16, True, False)
-    return Limits(
-        found.multi_processor_count,
-        found.shared_memory_per_multiprocessor,
-        found.shared_memory_per_block_optin,
-        False,
-        found.major >= 9,
-    )
+    if torch.version.hip is not None:  # half of the memory: two programs a processor
+        return Limits(found.multi_processor_count, 1 << 16, 1 << 15, False)
+    shared = found.shared_memory_per_multiprocessor, found.shared_memory_per_block_optin
+    return Limits(found.multi_processor_count, *shared, found.major in (9, 10))  # 12 has TMA, but not the rest
 
 
 def linear_tile(tokens: int, columns: int, depth: int, like: Tensor) -> LinearTile:
@@ -92,19 +94,21 @@ def linear_tile(tokens: int, columns: int, depth: int, like: Tensor) -> LinearTi
     for tile in tiles:
         across = triton.cdiv(columns, tile.columns)
         enough = triton.cdiv(tokens, tile.rows) * across >= here.processors
-        if enough and across * tile.columns <= 1.125 * least and (tile.columns < 256 or depth >= LONG_DEPTH):
+        if tile.columns == 256 and not (here.warp_groups and depth >= LONG_DEPTH):
+            continue
+        if enough and across * tile.columns <= 1.125 * least:
             break
-    if here.double_buffer:
-        return tile._replace(stages=2)
-    return tile._replace(stages=max(1, min(tile.stages, here.shared_program // _stage_bytes(tile, like))))
+    stages = here.shared_program // _stage_bytes(tile, like) + here.held
+    if not here.warp_groups:
+        tile = tile._replace(registers=None)
+    return tile._replace(stages=max(1, min(tile.stages, stages)))
 
 
 def linear_programs(tile: LinearTile, like: Tensor) -> int:
     """How many programs of this tile the device holds at once."""
     here = limits(like.device)
-    buffers = tile.stages - 1 if here.double_buffer else tile.stages
-    by_shared = here.shared_processor // max(1, buffers * _stage_bytes(tile, like))
-    return here.processors * max(1, min(by_shared, WARPS // tile.warps))
+    by_shared = here.shared_processor // (max(1, tile.stages - here.held) * _stage_bytes(tile, like))
+    return here.processors * max(1, min(by_shared, here.warps // tile.warps))
 
 
 def _stage_bytes(tile: LinearTile, like: Tensor) -> int:
@@ -113,8 +117,9 @@ def _stage_bytes(tile: LinearTile, like: Tensor) -> int:
 
 def descriptors_fit(*matrices: Tensor) -> bool:
     """Whether the device has TMA, and may be told of these matrices: rows and bases at multiples of 16 bytes."""
-    return limits(matrices[0].device).descriptors and all(
-        matrix.stride(1) == 1
+    return limits(matrices[0].device).warp_groups and all(
+        matrix.element_size() == 2  # float32 products read registers, which descriptors fill too many of
+        and matrix.stride(1) == 1
         and matrix.stride(0) * matrix.element_size() % 16 == 0
         and matrix.stride(0) >= matrix.shape[1]
         and matrix.data_ptr() % 16 == 0

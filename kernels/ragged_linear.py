@@ -22,11 +22,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LinearTile, descriptors_fit, dot_precision, linear_programs, linear_tile, on_device_of, with_scratch
+from ._launch import (
+    LinearTile,
+    descriptors_fit,
+    dot_precision,
+    linear_programs,
+    linear_tile,
+    on_device_of,
+    with_scratch,
+)
 from ._math import dot, rounded
 
+PART_VALUES = 32 * 32  # accumulators of a warp that an epilogue works on at once: 32 a thread
 GROUP_T = 8  # rows of tiles that share the weight: 8 * 128 rows of a stay in L2 beside it
 PLAIN, GELU, GELU_GRADIENT = 0, 1, 2
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)).permute(0, 2, 1))
 
 
 @triton.jit
@@ -75,8 +90,10 @@ def ragged_linear_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
+    PART_N: tl.constexpr = BLOCK_N // PARTS
     count = tl.minimum(tl.load(cu_seqlens_ptr + last), capacity)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_t = tl.cdiv(count, BLOCK_T)
@@ -92,10 +109,9 @@ def ragged_linear_kernel(
         )
         if not RESIDUAL:
             out_tiles = tl.make_tensor_descriptor(
-                out_ptr, shape=[capacity, N], strides=[stride_or, 1], block_shape=[BLOCK_T, BLOCK_N]
+                out_ptr, shape=[capacity, N], strides=[stride_or, 1], block_shape=[BLOCK_T, PART_N]
             )
-    # flattened: the next tile's loads are on their way while this one's results are written
-    for tile in tl.range(first, live_tiles, programs, flatten=True):
+    for tile in range(first, live_tiles, programs):
         group = tile // (GROUP_T * tiles_n)
         group_size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
         place = tile % (GROUP_T * tiles_n)
@@ -120,39 +136,49 @@ def ragged_linear_kernel(
                     weight = tl.load(weight_rows + depth * stride_wk, mask=depth < K, other=0.0)
             acc = dot(a, weight.T, acc, PRECISION)
 
+        # finished in parts, whose values and addresses fit in registers beside the accumulators
+        parts = (acc,)
+        if PARTS == 2:
+            parts = halves(acc)
+        if PARTS == 4:
+            low, high = halves(acc)
+            parts = halves(low) + halves(high)
         live = entries < count
-        wide = (columns < N)[None, :]
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0)
-            acc += bias.to(tl.float32)[None, :]
-        if ACTIVATION == 1:
-            acc = gelu(acc)
-        if ACTIVATION == 2:
-            at = grad_ptr + entries.to(tl.int64)[:, None] * stride_gt + columns.to(tl.int64)[None, :] * stride_gn
-            acc = gelu_gradient(acc) * tl.load(at, mask=live[:, None] & wide, other=0.0).to(tl.float32)
-        if RESIDUAL:
-            rows = entries.to(tl.int64)
-            if HAS_ROWS:
-                rows = tl.load(rows_ptr + entries, mask=live, other=-1).to(tl.int64)
-                live = live & (rows >= 0)
-            if SCALE == 1:
-                scale = tl.load(scale_ptr + columns * stride_scale, mask=columns < N, other=0.0)
-                acc *= scale.to(tl.float32)[None, :]
-            if SCALE == 2:
-                scale = tl.load(scale_ptr + entries.to(tl.int64) * stride_scale, mask=live, other=0.0)
-                acc *= scale.to(tl.float32)[:, None]
-            at = out_ptr + rows[:, None] * stride_or + columns[None, :]
-            mask = live[:, None] & wide
-            x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(at, rounded(x + acc, out_ptr.dtype.element_ty), mask=mask)
-        else:
-            # a tile that the count cuts: zeros below it
-            out = rounded(tl.where(live[:, None], acc, 0.0), out_ptr.dtype.element_ty)
-            if TMA:
-                out_tiles.store([start_t, start_n], out)
+        for part in tl.static_range(PARTS):
+            out = parts[part]
+            columns = start_n + part * PART_N + tl.arange(0, PART_N)
+            inside = columns < N
+            if HAS_BIAS:
+                out += tl.load(bias_ptr + columns * stride_bias, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if ACTIVATION == 1:
+                out = gelu(out)
+            if ACTIVATION == 2:
+                at = grad_ptr + entries.to(tl.int64)[:, None] * stride_gt + columns.to(tl.int64)[None, :] * stride_gn
+                grad = tl.load(at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+                out = gelu_gradient(out) * grad
+            if RESIDUAL:
+                rows, listed = entries.to(tl.int64), live
+                if HAS_ROWS:
+                    rows = tl.load(rows_ptr + entries, mask=live, other=-1).to(tl.int64)
+                    listed = rows >= 0
+                if SCALE == 1:
+                    scale = tl.load(scale_ptr + columns * stride_scale, mask=inside, other=0.0)
+                    out *= scale.to(tl.float32)[None, :]
+                if SCALE == 2:
+                    scale = tl.load(scale_ptr + entries.to(tl.int64) * stride_scale, mask=listed, other=0.0)
+                    out *= scale.to(tl.float32)[:, None]
+                at = out_ptr + rows[:, None] * stride_or + columns[None, :]
+                mask = listed[:, None] & inside[None, :]
+                x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+                tl.store(at, rounded(x + out, out_ptr.dtype.element_ty), mask=mask)
             else:
-                at = out_ptr + entries.to(tl.int64)[:, None] * stride_or + columns[None, :]
-                tl.store(at, out, mask=(entries < capacity)[:, None] & wide)
+                # a tile that the count cuts: zeros below it
+                out = rounded(tl.where(live[:, None], out, 0.0), out_ptr.dtype.element_ty)
+                if TMA:
+                    out_tiles.store([start_t, start_n + part * PART_N], out)
+                else:
+                    at = out_ptr + entries.to(tl.int64)[:, None] * stride_or + columns[None, :]
+                    tl.store(at, out, mask=(entries < capacity)[:, None] & inside[None, :])
 
     if not RESIDUAL:
         # the programs that were given no last live tile go on with the first dead ones
@@ -282,6 +308,8 @@ def _run(
             BLOCK_T=tile.rows,
             BLOCK_N=tile.columns,
             BLOCK_K=tile.depth,
+            PARTS=max(1, tile.rows * tile.columns // (tile.warps * PART_VALUES)),
             num_warps=tile.warps,
             num_stages=tile.stages,
+            **({} if tile.registers is None or activation == GELU_GRADIENT else {"maxnreg": tile.registers}),
         )

@@ -33,8 +33,8 @@ def ragged_linear(
     """Apply a linear layer to the live tokens, whose count only the device knows, and an exact GELU on request.
 
     Args:
-        a: packed tokens in a buffer of any capacity, (T, K), float32, bfloat16, float16 or float64, of any strides; rows
-            past the live count may hold anything, NaN too.
+        a: packed tokens in a buffer of any capacity, (T, K), float32, bfloat16, float16 or float64, of any strides;
+            rows past the live count may hold anything, NaN too.
         weight: (N, K), dtype of ``a``: an ``nn.Linear``'s own.
         bias: (N,), dtype of ``a``; None: none.
         cu_seqlens: offsets of the images in ``a``, (B + 1,), int32; the last entry is the live count, at most T.

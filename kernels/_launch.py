@@ -96,7 +96,7 @@ def linear_tile(tokens: int, columns: int, depth: int, like: Tensor) -> LinearTi
         enough = triton.cdiv(tokens, tile.rows) * across >= here.processors
         if tile.columns == 256 and not (here.warp_groups and depth >= LONG_DEPTH):
             continue
-        if enough and across * tile.columns <= 1.125 * least:
+        if enough and across * tile.columns <= 1.1 * least:
             break
     stages = here.shared_program // _stage_bytes(tile, like) + here.held
     if not here.warp_groups:

@@ -107,7 +107,13 @@ class ResidualCase(NamedTuple):
 
 
 RESIDUAL_CASES = {
-    **{name: ResidualCase(layer, scale="layer") for name, layer in CASES.items()},
+    **{
+        name: ResidualCase(CASES[name], scale="layer")
+        for name in (
+            *("full", "dead", "every-other", "turned", "no-live", "no-image", "T=0", "K=0", "N=0", "K=7,N=3"),
+            *("T=65,N=33,K=33", "live-64", "live-65", "many-columns", "many-dead", "long-K"),
+        )
+    },
     "all-rows": ResidualCase(rows=None),
     "all-rows-layer": ResidualCase(rows=None, scale="layer"),
     "all-rows-token": ResidualCase(rows=None, scale="token"),

@@ -9,7 +9,8 @@ ends.
 Bytes: a and the weight once from memory, the result once; with a residual 2 * N values of x a token instead. GELU and
 residual read the float32 accumulator, so nothing is written that is read again. Each result is summed by one program in
 one order, and listed rows are different: no atomics, same bits every time. Rows past the count are never loaded: a tile
-that the count cuts reads its last live row instead, which needs no mask in the inner loop.
+that the count cuts reads its last live row instead, which needs no mask in the inner loop. With ``tma``, factors and
+result move through descriptors made on the device, which end at the count; off until it is measured to be faster.
 
 Gradients: the GELU's is an epilogue of the same product, the one of a is the same product with the weight turned; the
 one of the weight is PyTorch's, over rows with zeros behind the count.
@@ -93,6 +94,7 @@ def ragged_linear_kernel(
     PARTS: tl.constexpr,
 ):
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
+    EVEN_N: tl.constexpr = N % BLOCK_N == 0
     PART_N: tl.constexpr = BLOCK_N // PARTS
     count = tl.minimum(tl.load(cu_seqlens_ptr + last), capacity)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -120,7 +122,8 @@ def ragged_linear_kernel(
         entries = start_t + tl.arange(0, BLOCK_T)
         columns = start_n + tl.arange(0, BLOCK_N)
         a_rows = a_ptr + tl.minimum(entries, count - 1).to(tl.int64)[:, None] * stride_at
-        weight_rows = weight_ptr + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * stride_wn
+        near = columns if EVEN_N else tl.minimum(columns, N - 1)
+        weight_rows = weight_ptr + near.to(tl.int64)[:, None] * stride_wn
         acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
         for start_k in range(0, K, BLOCK_K):
             if TMA:
@@ -246,7 +249,10 @@ def ragged_linear_backward(
         _run(grad_y, a, weight, bias, cu_seqlens, activation=GELU_GRADIENT, grad=grad)
     else:
         grad_y = grad.where(live, 0.0)
-    grad_a = a.new_zeros(a.shape) if grad.shape[1] == 0 else ragged_linear(grad_y, weight.T, None, cu_seqlens, False)
+    if grad.shape[1] == 0:
+        grad_a = a.new_zeros(a.shape)
+    else:  # a copy of the weight is small beside the product, whose loads run along K
+        grad_a = ragged_linear(grad_y, weight.T.contiguous(), None, cu_seqlens, False)
     grad_weight = grad_y.T @ a.where(live, 0.0)
     grad_bias = a.new_empty(0) if bias is None else grad_y.sum(dim=0, dtype=torch.float32).to(bias.dtype)
     return grad_a, grad_weight, grad_bias
@@ -273,6 +279,7 @@ def _run(
     tile = tile or linear_tile(tokens, columns, depth, a)
     tma = tma and descriptors_fit(a, weight, *(() if residual else (out,)))
     tiles = triton.cdiv(tokens, tile.rows) * triton.cdiv(columns, tile.columns)
+    roomy = activation == GELU_GRADIENT or out.element_size() > 2  # epilogues that would spill
     with on_device_of(a):
         run = ragged_linear_kernel[(min(linear_programs(tile, a), tiles),)]
         (with_scratch(run) if tma else run)(
@@ -311,5 +318,5 @@ def _run(
             PARTS=max(1, tile.rows * tile.columns // (tile.warps * PART_VALUES)),
             num_warps=tile.warps,
             num_stages=tile.stages,
-            **({} if tile.registers is None or activation == GELU_GRADIENT else {"maxnreg": tile.registers}),
+            **({} if roomy or tile.registers is None else {"maxnreg": tile.registers}),
         )

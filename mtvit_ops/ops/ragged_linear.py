@@ -128,9 +128,12 @@ def ragged_linear_residual_(
 
 def _cast(a: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
     """The factors as autocast wants them; anything that is no tensor is left to the checks."""
-    if not isinstance(a, Tensor) or not torch.is_autocast_enabled(a.device.type):
+    if not isinstance(a, Tensor):
         return a, weight, bias
-    dtype = torch.get_autocast_dtype(a.device.type)
+    kind = a.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return a, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
     a, weight, bias = (
         value.to(dtype)
         if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64

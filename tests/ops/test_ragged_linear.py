@@ -261,6 +261,13 @@ def test_autocast(dtype: torch.dtype, backend: str, device: str) -> None:
     assert_equal("x", x, added)
 
 
+def test_shapes_without_memory() -> None:
+    """The meta device knows no autocast, and is asked for shapes all the same."""
+    layer = {name: value.to("meta") for name, value in good_layer().items()}
+    assert ragged_linear(**layer).shape == (3, 4)
+    assert ragged_linear_residual(torch.empty(5, 4, device="meta"), None, **layer).shape == (5, 4)
+
+
 def test_a_may_lie_in_x(backend: str, device: str) -> None:
     x = torch.arange(12.0, device=device).reshape(4, 3)
     rows, weight = torch.tensor([1, 2, 3], dtype=torch.int32, device=device), torch.eye(3, device=device)

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = problems(rows, limits)
     sections = {**_sections(options.json), triton.__version__: {"commit": _commit(), "rows": rows}}
     text = "\n\n".join(_table(version, section) for version, section in sorted(sections.items(), reverse=True))
-    for path, content in ((options.json, json.dumps(sections, indent=1)), (options.markdown, _HEAD + text)):
+    for path, content in ((options.json, _json(sections)), (options.markdown, _HEAD + text)):
         if path is not None:
             _write(path, content + "\n")
     if options.json is None and options.markdown is None:
@@ -157,6 +157,13 @@ def _plain(value: Any) -> Any:
 def _sections(path: Path | None) -> dict[str, Any]:
     """What other versions of Triton gave, so that one file holds them side by side."""
     return json.loads(path.read_text()) if path is not None and path.is_file() else {}
+
+
+def _json(sections: dict[str, Any]) -> str:
+    """A line a row, so that differences can be read."""
+    lines = {version: ",\n".join(json.dumps(row) for row in section["rows"]) for version, section in sections.items()}
+    heads = {version: json.dumps({**section, "rows": []})[:-2] for version, section in sections.items()}
+    return "{\n" + ",\n".join(f'"{version}": {heads[version]}\n{lines[version]}]}}' for version in sections) + "\n}"
 
 
 def _commit() -> str:

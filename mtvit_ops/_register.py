@@ -56,8 +56,7 @@ def register_op(
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     servers: dict[str, Server] = {}
     if native and _extension.has_extension():
-        cpp = native if callable(native) else getattr(getattr(torch.ops, NATIVE_NAMESPACE), name).default
-        servers["cpp"] = Server(_native(name, cpp), refuses)
+        servers["cpp"] = Server(_native(name, native) if callable(native) else native_operator(name), refuses)
     kernel = None
     if triton is not None and _backend.available_backends()["triton"].available:
         kernel = Server(_triton(triton, name), triton_refuses or _takes_no_float64, checks_values=False)
@@ -111,6 +110,11 @@ def _dispatch(
         return reference(*args)
 
     return run
+
+
+def native_operator(name: str) -> Kernel:
+    """``mtvit_ops_cpp::name``, whose bad values raise ValueError; the extension must be there."""
+    return _native(name, getattr(getattr(torch.ops, NATIVE_NAMESPACE), name).default)
 
 
 def _native(name: str, kernel: Kernel) -> Kernel:

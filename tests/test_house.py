@@ -179,7 +179,8 @@ def test_import_is_lean() -> None:
 
 def test_kernels_hide_no_other_package() -> None:
     spec = importlib.util.find_spec("kernels")
-    assert spec is None or Path(spec.origin).parent != ROOT / "kernels"
+    # without origin: tests/kernels as a namespace, which gives way to any real package
+    assert spec is None or spec.origin is None or Path(spec.origin).parent != ROOT / "kernels"
     assert importlib.util.find_spec("mtvit_ops.kernels") is not None
 
 

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from ..ops.gather_layer_norm import GATHER_LAYER_NORM
 from ..ops.scatter_residual import SCATTER_RESIDUAL, SCATTER_RESIDUAL_INPLACE
+from ..ops.varlen_attention import SCORES
 from ..ragged import RaggedTokens
 from .attention import Attention
+from .half_block import attention_half_, feed_forward_half_
 from .mlp import Mlp
 
 
@@ -45,11 +47,17 @@ class Block(nn.Module):
 
         ``inplace`` writes into ``tokens.x``: for inference by whoever owns it.
         """
+        if inplace and key_bias is None and type(self.attn) is Attention:
+            given = attention_half_(self, tokens, SCORES[scores])
+            if given is not None:
+                return tokens, None if scores is None else given
         y, received = self.attn(_normed(tokens, self.norm1), tokens.cu_seqlens, tokens.max_seqlen, key_bias, scores)
         return _added(tokens, y, inplace), received
 
     def feed_forward(self, tokens: RaggedTokens, *, inplace: bool = False) -> RaggedTokens:
         """The MLP half on the live tokens; ``inplace`` as in ``attend``."""
+        if inplace and type(self.mlp) is Mlp and feed_forward_half_(self, tokens):
+            return tokens
         return _added(tokens, self.mlp(_normed(tokens, self.norm2)), inplace)
 
 

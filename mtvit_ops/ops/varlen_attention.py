@@ -186,6 +186,8 @@ VARLEN_ATTENTION_BACKWARD = register_op(
         torch.empty_like(v, memory_format=torch.contiguous_format),
         lse.new_empty(k.shape[0], k.shape[1]),
     ),
+    native=True,
+    refuses=_refuses,
 )
 VARLEN_ATTENTION = register_op(
     "varlen_attention",

@@ -64,19 +64,19 @@ SIZES = (TINY, SMALL, BASE)
 
 Sample = tuple[str, str, tuple[Any, ...]]  # launcher, case, arguments
 Samples = Callable[[], Iterator[Sample]]
-_TABLE: list[Samples] = []
+TABLE: list[Samples] = []
 
 
 def launches(function: Samples) -> Samples:
     """Into the table."""
-    _TABLE.append(function)
+    TABLE.append(function)
     return function
 
 
 def table(stems: list[str] | None = None) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     """Case, launcher and arguments for the files named, or for all."""
     found = _launchers(stems)
-    for samples in _TABLE:
+    for samples in TABLE:
         for launcher, case, args in samples():
             if launcher in found:
                 yield f"{launcher} {case}", found[launcher], args
@@ -90,7 +90,7 @@ def stems() -> list[str]:
 
 def names() -> set[str]:
     """Launchers with samples."""
-    return {launcher for samples in _TABLE for launcher, _, _ in samples()}
+    return {launcher for samples in TABLE for launcher, _, _ in samples()}
 
 
 def _launchers(wanted: list[str] | None) -> dict[str, Callable[..., Any]]:

@@ -99,7 +99,8 @@ def samples() -> dict[str, list[tuple]]:
         ],
         "ragged_patch_embed": [(draw(2, 2, 4, 4), *tails, *steps)],
         "ragged_patch_embed_backward": [
-            (random_tensor(10, 3), random_tensor(2, 2, 4, 4), *tree_map(detached, tails), *steps)
+            (random_tensor(10, 3), random_tensor(2, 2, 4, 4), *tree_map(detached, tails), *steps, wants_images)
+            for wants_images in (True, False)
         ],
     }  # fmt: skip
 

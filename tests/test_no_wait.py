@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import ALL, build_case, make_images
+from model_cases import ALL, assert_rounding, build_case, make_images
 from torch import Tensor
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
@@ -23,6 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import mtvit_ops.reference
+from mtvit_ops import RaggedTokens
+from mtvit_ops.nn import masked_twin
+from mtvit_ops.testing import assert_equal
 
 FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy)
 
@@ -64,6 +67,30 @@ def test_a_forward_pass_stays_on_the_device(name: str, return_trace: bool) -> No
     logits = result[0] if return_trace else result
     assert logits.is_meta
     assert logits.shape == (3, 10)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["removed", "masked"])
+@pytest.mark.parametrize("name", ALL)
+def test_dead_entries_behind_the_live_ones_change_nothing(
+    name: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the CPU cuts them off where a GPU cannot know how many there are
+    model, images = build_case(name), make_images(6)
+    model = masked_twin(model) if masked else model
+    with torch.inference_mode():
+        wanted, wanted_trace = model(images, return_trace=True)
+        monkeypatch.setattr(RaggedTokens, "trimmed", lambda self: self)
+        logits, trace = model(images, return_trace=True)
+    assert_rounding(logits, wanted)
+    assert_equal("tokens per block", trace.tokens_per_block, wanted_trace.tokens_per_block)
+    for key, value in trace.extras.items():
+        if value.is_floating_point():
+            assert_rounding(value, wanted_trace.extras[key])
+        else:
+            assert_equal(key, value, wanted_trace.extras[key])
+    for block in range(model.config.depth):
+        for image in range(len(images)):
+            assert_equal("kept", trace.kept(block, image), wanted_trace.kept(block, image))
 
 
 def reference_cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:

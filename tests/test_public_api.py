@@ -14,6 +14,7 @@ import mtvit_ops.ops
 SURFACE = {
     mtvit_ops: [
         "Calibration",
+        "CapturedModel",
         "LoadReport",
         "MacCount",
         "Method",
@@ -25,6 +26,7 @@ SURFACE = {
         "available_backends",
         "build_info",
         "calibrate",
+        "capture",
         "count_macs",
         "create_method",
         "create_model",

@@ -18,7 +18,7 @@ def ragged_patch_embed(
     strides: list[int],
     paddings: list[int],
 ) -> tuple[Tensor, Tensor]:  # (B * longest, D) with zeros behind the live rows, (B + 1,)
-    lengths = torch.tensor([len(table) for table in pos_embeds], dtype=torch.int32, device=images.device)
+    lengths = _lengths(tails, pos_embeds)
     counts = lengths[tails.long()]
     cu_seqlens = F.pad(torch.cumsum(counts, 0), (1, 0)).to(torch.int32)
     num_prefix, longest = prefix.shape[0], max(len(table) for table in pos_embeds)
@@ -51,7 +51,7 @@ def ragged_patch_embed_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of images (empty unless wanted), prefix, and the lists of weights, biases and position tables."""
     num_prefix = prefix.shape[0]
-    lengths = torch.tensor([len(table) for table in pos_embeds], dtype=torch.int64, device=images.device)
+    lengths = _lengths(tails, pos_embeds)
     starts = F.pad(torch.cumsum(lengths[tails.long()], 0), (1, 0))
     source = torch.cat((grad, grad.new_zeros(1, grad.shape[1])))
     grad_images = torch.zeros_like(images) if wants_images else images.new_zeros(0)
@@ -71,3 +71,8 @@ def ragged_patch_embed_backward(
         grad_tables.append(tokens.sum(dim=0))
         grad_prefix += tokens[:, :num_prefix].sum(dim=0)
     return grad_images, grad_prefix, grad_weights, grad_biases, grad_tables
+
+
+def _lengths(tails: Tensor, pos_embeds: list[Tensor]) -> Tensor:
+    """Tokens of an image by tail, (K,) int32: filled on the device, since a copy from the host would wait for it."""
+    return torch.cat([tails.new_full((1,), len(table)) for table in pos_embeds])

@@ -39,10 +39,11 @@ def signed(q, SIGN: tl.constexpr):
 def exponentials(
     q,  # (queries, BLOCK_D), signed
     k,  # (keys, BLOCK_D)
-    bias,  # (keys,), as load_bias gives it
+    bias_ptr,  # loaded for each tile: it would take as many registers as the logits of a query
     maximum,  # (queries,), of the logits so far, in powers of 2
     keys,
     num_keys,
+    stride_bt,
     factor,  # |scale| * log2(e)
     HAS_BIAS: tl.constexpr,
     MASKED: tl.constexpr,
@@ -51,7 +52,7 @@ def exponentials(
     """``2 ** (logits - new maximum)`` of a tile, and the new maximum."""
     logits = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32), PRECISION)
     if HAS_BIAS:
-        logits = tl.fma(logits, factor, bias[None, :])
+        logits = tl.fma(logits, factor, load_bias(bias_ptr, keys, num_keys, stride_bt)[None, :])
         maximum = tl.maximum(maximum, tl.max(logits, axis=1))
         p = tl.exp2(logits - finite(maximum)[:, None])
     else:
@@ -60,6 +61,12 @@ def exponentials(
         maximum = tl.maximum(maximum, tl.max(logits, axis=1) * factor)
         p = tl.exp2(tl.fma(logits, factor, -finite(maximum)[:, None]))
     return p, maximum
+
+
+@triton.jit
+def reciprocal(total):
+    """0 for rows without a key."""
+    return tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
 
 
 @triton.jit
@@ -75,16 +82,15 @@ def store_tile(
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Write ``out = acc / total`` and lse of a tile of queries; gives lse in powers of 2, and 1 / total."""
+    """Write ``out = acc / total`` and lse of a tile of queries; gives lse in powers of 2."""
     no_key = total == 0.0
-    inverse = tl.where(no_key, 0.0, 1.0 / tl.where(no_key, 1.0, total))
     lse = tl.where(no_key, -float("inf"), maximum + tl.log2(tl.where(no_key, 1.0, total)))
     columns = tl.arange(0, BLOCK_DV)
     at = out_ptr + rows.to(tl.int64)[:, None] * (H * DV) + columns[None, :]
     mask = (rows < num_rows)[:, None] & (columns < DV)[None, :]
-    tl.store(at, rounded(acc * inverse[:, None], out_ptr.dtype.element_ty), mask=mask)
+    tl.store(at, rounded(acc * reciprocal(total)[:, None], out_ptr.dtype.element_ty), mask=mask)
     tl.store(lse_ptr + rows.to(tl.int64) * H, lse * LN_2, mask=rows < num_rows)
-    return lse, inverse
+    return lse
 
 
 @triton.jit
@@ -92,12 +98,13 @@ def store_class_row(
     scores_ptr,
     q_ptr,
     k,  # (keys, BLOCK_D)
-    bias,  # as load_bias gives it
+    bias_ptr,
     lse,  # of the first query, in powers of 2
     keys,
     num_queries,
     num_keys,
     stride_qd,
+    stride_bt,
     factor,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -118,6 +125,6 @@ def store_class_row(
     products = dot(k, signed(q, SIGN), tl.zeros((k.shape[0], 16), tl.float32), PRECISION)
     logits = tl.sum(tl.where(first[None, :], products, 0.0), axis=1) * factor
     if HAS_BIAS:
-        logits += bias
+        logits += load_bias(bias_ptr, keys, num_keys, stride_bt)
     share = tl.where(num_queries > 0, tl.exp2(logits - finite(lse)), 0.0)
     tl.store(scores_ptr + keys.to(tl.int64) * H, share, mask=keys < num_keys)

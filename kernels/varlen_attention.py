@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import exponentials, finite, load_bias, signed, store_class_row, store_tile
+from ._attention import exponentials, finite, reciprocal, signed, store_class_row, store_tile
 from ._launch import attention_plan, dot_precision, on_device_of, work_list
 from ._math import dot, rounded
 from ._packed import fill_behind, find_span, load_rows, span_of
@@ -88,24 +88,20 @@ def varlen_attention_kernel(
     image, place = find_span(tl.program_id(0) // H, cu_seqlens_q_ptr, batch, spans, SPAN, FLAT)
     first_query, length_q = span_of(cu_seqlens_q_ptr, image)
     start = place * SPAN
-    if place >= spans or start >= length_q:
-        # scores of an image without queries are zeros, and its first program writes them
-        if place > 0 or not (CLASS or MEAN):
-            return
+    # scores of an image without queries are zeros, and its first program writes them
+    if place >= spans or (start >= length_q and (place > 0 or not (CLASS or MEAN))):
+        return
     first_key, length_k = span_of(cu_seqlens_k_ptr, image)
     q_ptr += first_query * stride_qt + head * stride_qh
     k_ptr += first_key * stride_kt + head * stride_kh
     v_ptr += first_key * stride_vt + head * stride_vh
     scores_ptr += first_key * H + head
-    bias = tl.zeros((BLOCK_K,), tl.float32)
     if HAS_BIAS:
         bias_ptr += first_key * stride_bt + head * stride_bh
     if WHOLE_ROW:
         keys = tl.arange(0, BLOCK_K)
         k = load_rows(k_ptr, keys, stride_kt, stride_kd, length_k, D, BLOCK_D, True)
         v = load_rows(v_ptr, keys, stride_vt, stride_vd, length_k, DV, BLOCK_DV, True)
-        if HAS_BIAS:
-            bias = load_bias(bias_ptr, keys, length_k, stride_bt)
     first_lse = tl.zeros((BLOCK_Q,), tl.float32)
     # a thread has rows r and r + 8 of a product's tile: those are added at once, the others after the last tile
     sums = tl.zeros((BLOCK_Q // 16, 8, BLOCK_K), tl.float32)
@@ -118,26 +114,29 @@ def varlen_attention_kernel(
         maximum = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_Q,), tl.float32)
         if WHOLE_ROW:
-            p, maximum = exponentials(q, k, bias, maximum, keys, length_k, factor, HAS_BIAS, True, PRECISION)
-            acc = dot(rounded(p, v.dtype), v, acc, PRECISION)
+            p, maximum = exponentials(
+                q, k, bias_ptr, maximum, keys, length_k, stride_bt, factor, HAS_BIAS, True, PRECISION
+            )
             total = tl.sum(p, axis=1)
+            if MEAN:  # before the product: of a row of logits there is room for one copy
+                shares = p * tl.where(rows < length_q, reciprocal(total), 0.0)[:, None]
+                sums += tl.sum(tl.reshape(shares, (BLOCK_Q // 16, 2, 8, BLOCK_K)), axis=1)
+            acc = dot(rounded(p, v.dtype), v, acc, PRECISION)
         else:
             whole = length_k // BLOCK_K * BLOCK_K
             for MASKED in tl.static_range(2):  # the tiles without a mask first
                 for at in tl.range(whole if MASKED else 0, length_k if MASKED else whole, BLOCK_K, num_stages=STAGES):
                     keys = at + tl.arange(0, BLOCK_K)
                     k = load_rows(k_ptr, keys, stride_kt, stride_kd, length_k, D, BLOCK_D, MASKED == 1)
-                    if HAS_BIAS:
-                        bias = load_bias(bias_ptr, keys, length_k, stride_bt)
                     p, higher = exponentials(
-                        q, k, bias, maximum, keys, length_k, factor, HAS_BIAS, MASKED == 1, PRECISION
+                        q, k, bias_ptr, maximum, keys, length_k, stride_bt, factor, HAS_BIAS, MASKED == 1, PRECISION
                     )
                     v = load_rows(v_ptr, keys, stride_vt, stride_vd, length_k, DV, BLOCK_DV, MASKED == 1)
                     shrink = tl.exp2(maximum - finite(higher))
                     acc = dot(rounded(p, v.dtype), v, acc * shrink[:, None], PRECISION)
                     total = total * shrink + tl.sum(p, axis=1)
                     maximum = higher
-        lse, inverse = store_tile(
+        lse = store_tile(
             out_ptr + (first_query * H + head) * DV,
             lse_ptr + first_query * H + head,
             acc,
@@ -151,28 +150,24 @@ def varlen_attention_kernel(
         )
         if CLASS:
             first_lse = tl.where(rows == 0, finite(lse), first_lse)
-        if MEAN:
-            shares = p * tl.where(rows < length_q, inverse, 0.0)[:, None]
-            sums += tl.sum(tl.reshape(shares, (BLOCK_Q // 16, 2, 8, BLOCK_K)), axis=1)
-    if CLASS:
+    if CLASS:  # noqa: SIM102
         if place == 0:
             class_lse = tl.sum(first_lse, axis=0)
             for at in range(0, 1 if WHOLE_ROW else length_k, BLOCK_K):
                 keys = at + tl.arange(0, BLOCK_K)
                 if not WHOLE_ROW:
                     k = load_rows(k_ptr, keys, stride_kt, stride_kd, length_k, D, BLOCK_D, True)
-                    if HAS_BIAS:
-                        bias = load_bias(bias_ptr, keys, length_k, stride_bt)
                 store_class_row(
                     scores_ptr,
                     q_ptr,
                     k,
-                    bias,
+                    bias_ptr,
                     class_lse,
                     keys,
                     length_q,
                     length_k,
                     stride_qd,
+                    stride_bt,
                     factor,
                     H,
                     D,

@@ -1,4 +1,4 @@
-"""The mean attention each key gets from the queries of its image, where ``varlen_attention`` leaves it to a second step.
+"""The mean attention a key gets from its image's queries, where ``varlen_attention`` leaves it to a second step.
 
 ``add_partials``: the whole-row kernel has left one sum for each span of queries; they are added in order.
 ``mean_scores``: the flash kernel cannot know final probabilities, so they are computed again from its lse, with keys as
@@ -7,13 +7,12 @@ rows: one program for a head and a tile of an image's keys, which walks the quer
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._attention import LOG2_E, load_bias, signed
-from ._launch import SCORES_TILE, WorkList, dot_precision, on_device_of, work_list
+from ._launch import SCORES_TILE, dot_precision, on_device_of, work_list
 from ._math import dot
 from ._packed import fill_behind, find_span, load_rows, span_of
 

@@ -206,17 +206,20 @@ def varlen_attention(
             q.new_full((tokens, heads), -math.inf, dtype=torch.float32),
             q.new_zeros(0 if scores == NO_SCORES else num_keys, heads, dtype=torch.float32),
         )
-    plan = attention_plan(q, batch, min(max_seqlen_q, tokens), min(max_seqlen_k, num_keys), value_dim)
+    max_seqlen_q, max_seqlen_k = min(max_seqlen_q, tokens), min(max_seqlen_k, num_keys)
+    has_bias, mean = key_bias is not None, scores == MEAN_SCORES
+    plan = attention_plan(q, value_dim, batch, max_seqlen_q, max_seqlen_k, has_bias, mean)
     work = work_list(tokens, batch, max_seqlen_q, plan.span)
     out = q.new_empty(tokens, heads, value_dim)
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
-    mean_inside = scores == MEAN_SCORES and plan.whole_row
+    mean_inside = mean and plan.whole_row
     partial = mean_inside and work.spans > 1
     shape = (work.spans, num_keys) if partial else (num_keys,) if mean_inside or scores == CLASS_SCORES else (0,)
     per_key = q.new_empty(*shape, heads, dtype=torch.float32)
     factor = abs(scale) * math.log2(math.e)
     sign = 0 if factor < SMALLEST_FACTOR else 1 if scale > 0 else -1
     factor = factor if sign else 1.0
+    limit = {} if plan.registers is None else {"maxnreg": plan.registers}
     with on_device_of(q):
         varlen_attention_kernel[(work.items * heads,)](
             q,
@@ -242,7 +245,7 @@ def varlen_attention(
             D=dim,
             DV=value_dim,
             SIGN=sign,
-            HAS_BIAS=key_bias is not None,
+            HAS_BIAS=has_bias,
             CLASS=scores == CLASS_SCORES,
             MEAN=mean_inside,
             PARTIAL=partial,
@@ -256,9 +259,10 @@ def varlen_attention(
             SPAN=plan.span,
             STAGES=plan.stages,
             num_warps=plan.warps,
+            **limit,
         )
     if partial:
         per_key = add_partials(per_key, cu_seqlens_q, cu_seqlens_k, plan.span, max_seqlen_k)
-    elif scores == MEAN_SCORES and not mean_inside:
+    elif mean and not mean_inside:
         per_key = mean_scores(q, k, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, factor, sign, key_bias)
     return out, lse, per_key

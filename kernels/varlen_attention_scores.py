@@ -41,8 +41,9 @@ def add_partials_kernel(
     mask = entries < keys * H
     at = partial_ptr + first * H + entries
     total = tl.zeros((BLOCK,), tl.float32)
-    for place in range(0, tl.minimum(tl.cdiv(queries, SPAN), spans)):
-        total += tl.load(at + place.to(tl.int64) * num_keys * H, mask=mask, other=0.0)
+    for _ in range(0, tl.minimum(tl.cdiv(queries, SPAN), spans)):
+        total += tl.load(at, mask=mask, other=0.0)
+        at += num_keys.to(tl.int64) * H
     tl.store(scores_ptr + first * H + entries, total / tl.maximum(queries, 1).to(tl.float32), mask=mask)
 
 
@@ -111,7 +112,7 @@ def add_partials(
     spans, keys, heads = partial.shape
     scores = partial.new_empty(keys, heads)
     batch = cu_seqlens_q.shape[0] - 1
-    chunks = triton.cdiv(min(max_seqlen_k, keys) * heads, PARTIAL_ENTRIES)
+    chunks = max(1, triton.cdiv(max_seqlen_k * heads, PARTIAL_ENTRIES))
     with on_device_of(partial):
         add_partials_kernel[(batch * chunks,)](
             partial,

@@ -62,7 +62,15 @@ class AttentionPlan(NamedTuple):
 
 
 def attention_plan(
-    q: Tensor, value_dim: int, batch: int, max_seqlen_q: int, max_seqlen_k: int, has_bias: bool, mean: bool
+    q: Tensor,
+    value_dim: int,
+    batch: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    has_bias: bool,
+    class_row: bool,
+    mean: bool,
 ) -> AttentionPlan:
     """How the forward of attention is cut for q (Tq, H, d)."""
     dim, capability = max(q.shape[2], value_dim), _capability(q)
@@ -83,7 +91,8 @@ def attention_plan(
     if max_seqlen_q <= QUERY_TILE:
         return AttentionPlan(False, 64, keys, 64, warps=4, stages=2)
     # K and V come from the L2 cache once a program: with 64 queries for them it would be the limit
-    registers = 128 if capability == 9 and dim <= 64 else None
+    # without the limit these two take 160 to 220, a second program's share; what spills is used outside the loop
+    registers = 128 if capability == 9 and dim <= 64 and (has_bias or class_row) else None
     return AttentionPlan(False, 128, keys, 128, warps=8, stages=3 if dim <= 64 else 2, registers=registers)
 
 

@@ -207,14 +207,16 @@ def varlen_attention(
             q.new_zeros(0 if scores == NO_SCORES else num_keys, heads, dtype=torch.float32),
         )
     max_seqlen_q, max_seqlen_k = min(max_seqlen_q, tokens), min(max_seqlen_k, num_keys)
-    has_bias, mean = key_bias is not None, scores == MEAN_SCORES
-    plan = attention_plan(q, value_dim, batch, max_seqlen_q, max_seqlen_k, has_bias, mean)
+    has_bias, class_row, mean = key_bias is not None, scores == CLASS_SCORES, scores == MEAN_SCORES
+    plan = attention_plan(
+        q, value_dim, batch, max_seqlen_q, max_seqlen_k, has_bias=has_bias, class_row=class_row, mean=mean
+    )
     work = work_list(tokens, batch, max_seqlen_q, plan.span)
     out = q.new_empty(tokens, heads, value_dim)
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
     mean_inside = mean and plan.whole_row
     partial = mean_inside and work.spans > 1
-    shape = (work.spans, num_keys) if partial else (num_keys,) if mean_inside or scores == CLASS_SCORES else (0,)
+    shape = (work.spans, num_keys) if partial else (num_keys,) if mean_inside or class_row else (0,)
     per_key = q.new_empty(*shape, heads, dtype=torch.float32)
     factor = abs(scale) * math.log2(math.e)
     sign = 0 if factor < SMALLEST_FACTOR else 1 if scale > 0 else -1
@@ -246,7 +248,7 @@ def varlen_attention(
             DV=value_dim,
             SIGN=sign,
             HAS_BIAS=has_bias,
-            CLASS=scores == CLASS_SCORES,
+            CLASS=class_row,
             MEAN=mean_inside,
             PARTIAL=partial,
             FLAT=work.flat,

@@ -69,7 +69,6 @@ def attention_plan(
     max_seqlen_k: int,
     *,
     has_bias: bool,
-    class_row: bool,
     mean: bool,
 ) -> AttentionPlan:
     """How the forward of attention is cut for q (Tq, H, d)."""
@@ -91,8 +90,8 @@ def attention_plan(
     if max_seqlen_q <= QUERY_TILE:
         return AttentionPlan(False, 64, keys, 64, warps=4, stages=2)
     # K and V come from the L2 cache once a program: with 64 queries for them it would be the limit
-    # without the limit these two take 160 to 220, a second program's share; what spills is used outside the loop
-    registers = 128 if capability == 9 and dim <= 64 and (has_bias or class_row) else None
+    # 128 registers let two programs run, with or without bias and class row: what spills is used outside the loops
+    registers = 128 if capability == 9 and dim <= 64 else None
     return AttentionPlan(False, 128, keys, 128, warps=8, stages=3 if dim <= 64 else 2, registers=registers)
 
 

@@ -208,9 +208,7 @@ def varlen_attention(
         )
     max_seqlen_q, max_seqlen_k = min(max_seqlen_q, tokens), min(max_seqlen_k, num_keys)
     has_bias, class_row, mean = key_bias is not None, scores == CLASS_SCORES, scores == MEAN_SCORES
-    plan = attention_plan(
-        q, value_dim, batch, max_seqlen_q, max_seqlen_k, has_bias=has_bias, class_row=class_row, mean=mean
-    )
+    plan = attention_plan(q, value_dim, batch, max_seqlen_q, max_seqlen_k, has_bias=has_bias, mean=mean)
     work = work_list(tokens, batch, max_seqlen_q, plan.span)
     out = q.new_empty(tokens, heads, value_dim)
     lse = q.new_empty(tokens, heads, dtype=torch.float32)

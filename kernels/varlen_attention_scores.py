@@ -173,6 +173,6 @@ def mean_scores(
             BLOCK_D=max(16, triton.next_power_of_2(dim)),
             BLOCK_K=SCORES_TILE,
             BLOCK_Q=32 if q.element_size() == 4 else 64,
-            num_warps=4,
+            num_warps=8 if q.element_size() == 4 else 4,
         )
     return scores

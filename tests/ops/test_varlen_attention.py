@@ -79,8 +79,30 @@ CASES = {
     "removed-whole-image": Case((3, 4), bias="token", removed=(0, 1, 2), scores="class"),
     "scale": Case((7, 4), scale=0.7),
     "scale-0": Case((7, 4), scale=0.0, scores="mean"),
+    "scale<0": Case((7, 4), scale=-0.7, scores="mean"),
     "separate": Case((7, 4), layout="separate"),
     "last-stride": Case((7, 4), layout="last-stride", scores="mean"),
+    # tiles of 32 and 64 tokens: one less, full, one more
+    "tile-edges": Case((31, 32, 33), keys=(63, 64, 65), heads=1, scores="class"),
+    # few programs, so that an image's queries are shared out and means are added up from several of them
+    "query-edges": Case((129, 64, 63), heads=1, scores="mean"),
+    "query-edges-class": Case((65,), keys=(130,), heads=1, bias="token", scores="class"),
+    # most of the longest image's room is empty: programs are numbered by tokens
+    "uneven": Case((1, 130, 0), heads=1, scores="mean"),
+    "uneven-slack": Case((1, 70, 2), heads=1, bias="token", scores="class", slack=200),
+    # all the keys that a row holds; with bias and mean, half of them are too many
+    "full-row": Case((3,), keys=(256,), heads=1, scores="mean"),
+    "bias-mean": Case((2, 3), keys=(150, 128), heads=1, bias="head", scores="mean"),
+    # more keys than a row holds: several tiles, the last one full, cut, or the image's only one
+    "many-keys": Case((70, 5, 1), keys=(320, 257, 3), heads=1, dim=16, scores="class"),
+    "many-keys-mean": Case((70, 0, 1), keys=(257, 320, 3), heads=1, dim=16, bias="token", scores="mean", dead=3),
+    "many-keys-removed": Case((2, 1), keys=(300, 64), bias="token", removed=tuple(range(130)), scores="class"),
+    "many-keys-no-query": Case((0, 2), keys=(300, 4), scores="class"),
+    # the widest heads that a kernel takes, and wider ones
+    "dim-128": Case((9, 40), heads=1, dim=128, bias="token", scores="mean"),
+    "dim-130": Case((5, 3), heads=1, dim=130, value_dim=6),
+    # more dead entries than the programs fill in one go
+    "much-capacity": Case((3,), dead=300, scores="class"),
 }
 
 

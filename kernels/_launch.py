@@ -26,3 +26,15 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 def dot_precision() -> str:
     """How float32 factors are multiplied: PyTorch's own switch for CUDA matrix products."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+ROW_KEYS = 1024  # keys of a class row held in registers; beyond, rows are cut
+ROW_VALUES = 8192  # of k at a time: 32 values for each thread of 8 warps
+
+
+def class_row(longest: int, dim: int) -> tuple[int, int, int]:
+    """Keys and columns of a tile, and warps, for one query against a row of keys."""
+    keys = min(max(triton.next_power_of_2(longest), 16), ROW_KEYS)
+    # 16 columns of a half dtype are a sector of memory: narrower slices would read it twice
+    columns = min(triton.next_power_of_2(max(dim, 1)), max(16, ROW_VALUES // keys))
+    return keys, columns, 8 if keys * columns >= ROW_VALUES else 4

@@ -47,6 +47,15 @@ CASES = {
     "removed-whole-image": Case((2, 4), bias="token", removed=(0, 1)),
     "scale": Case((7, 4), scale=1.5),
     "separate": Case((7, 4), strided=False),
+    "one-key": Case((1,), heads=1),
+    # around a power of two, to which the Triton kernel widens a row; a width that its slices do not divide
+    "row-edges": Case((15, 16, 17), dim=16),
+    "wide-head": Case((33, 300), heads=1, dim=100, bias="token"),
+    # rows on both sides of what it keeps in registers (1024): one launch, then two, with runs that hold no key
+    "longest-whole-row": Case((1024, 1023), heads=1, dim=20, bias="head"),
+    "row-in-two": Case((3, 1025), heads=2, dim=17, bias="token", removed=tuple(range(3, 1027))),
+    "row-in-three": Case((2049, 1024, 0), heads=1, dim=4, dead=1100, bias="token"),
+    "removed-long-row": Case((1030, 2), heads=1, dim=3, bias="token", removed=tuple(range(1030))),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 import triton
@@ -38,3 +39,21 @@ def class_row(longest: int, dim: int) -> tuple[int, int, int]:
     # 16 columns of a half dtype are a sector of memory: narrower slices would read it twice
     columns = min(triton.next_power_of_2(max(dim, 1)), max(16, ROW_VALUES // keys))
     return keys, columns, 8 if keys * columns >= ROW_VALUES else 4
+
+
+class AttentionTile(NamedTuple):
+    """Tokens along the sides of a tile of logits, and how its program runs."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def attention_backward_tile(longest_k: int, wide: int, element_size: int) -> AttentionTile:
+    """Of attention's gradient; a tile that holds all keys needs one pass instead of two."""
+    most = 256 * 64 * 2 // (max(wide, 64) * element_size)  # keys whose k, v and gradients fit registers and shared memory
+    if longest_k <= most:
+        keys = max(32, triton.next_power_of_2(longest_k))
+        return AttentionTile(32 if keys > 64 else 64, keys, 8 if keys > 64 else 4, 2)
+    return AttentionTile(64, 64, 4, 2)

@@ -186,6 +186,7 @@ VARLEN_ATTENTION_BACKWARD = register_op(
         torch.empty_like(v, memory_format=torch.contiguous_format),
         lse.new_empty(k.shape[0], k.shape[1]),
     ),
+    triton="varlen_attention_backward",
 )
 VARLEN_ATTENTION = register_op(
     "varlen_attention",

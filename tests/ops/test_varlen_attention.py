@@ -81,6 +81,16 @@ CASES = {
     "scale-0": Case((7, 4), scale=0.0, scores="mean"),
     "separate": Case((7, 4), layout="separate"),
     "last-stride": Case((7, 4), layout="last-stride", scores="mean"),
+    # the Triton gradient's tiles of 32, 64, 128 and 256 keys: one below, at and above; widths that fill none
+    "tile-edges": Case((31, 32, 33), heads=1, dim=16),
+    "tile-edges-64": Case((63, 64, 65), heads=1, dim=20, value_dim=40, bias="head"),
+    "tile-edges-cross": Case((65, 1, 129), keys=(129, 128, 1), heads=1, dim=33, bias="token"),
+    "longest-one-pass": Case((3, 64), keys=(256, 255), heads=1, dim=8, bias="token", removed=(0, 100, 255)),
+    # too long for one pass over a whole row: two, with images that fill one tile, none, and a single key
+    "two-passes": Case((257, 1, 0, 64), heads=1, dim=24, bias="head", dead=70),
+    "two-passes-cross": Case((1, 65, 4), keys=(300, 0, 1), heads=2, dim=8, value_dim=20, bias="token", removed=(0, 299)),
+    "two-passes-wide": Case((130, 129), heads=1, dim=128),
+    "wider-than-128": Case((20, 70), heads=1, dim=160, value_dim=136, bias="token"),
 }
 
 

@@ -42,18 +42,32 @@ def class_row(longest: int, dim: int) -> tuple[int, int, int]:
 
 
 class AttentionTile(NamedTuple):
-    """Tokens along the sides of a tile of logits, and how its program runs."""
+    """Queries and keys along the sides of a tile of logits, and the warps that share it."""
 
     queries: int
     keys: int
     warps: int
-    stages: int
 
 
-def attention_backward_tile(longest_k: int, wide: int, element_size: int) -> AttentionTile:
-    """Of attention's gradient; a tile that holds all keys needs one pass instead of two."""
-    most = 256 * 64 * 2 // (max(wide, 64) * element_size)  # keys whose k, v and gradients fit registers and shared memory
-    if longest_k <= most:
-        keys = max(32, triton.next_power_of_2(longest_k))
-        return AttentionTile(32 if keys > 64 else 64, keys, 8 if keys > 64 else 4, 2)
-    return AttentionTile(64, 64, 4, 2)
+def attention_backward_tiles(device: torch.device, longest_k: int, dim: int, half: bool) -> tuple[AttentionTile, ...]:
+    """For attention's gradient: one tile where it holds every key, else those of the passes over queries and keys.
+
+    The largest that spill next to nothing when compiled ahead of time. Hopper and later multiply out of shared memory,
+    which leaves registers for twice the keys.
+    """
+    amd = torch.version.hip is not None
+    hopper = device.type == "cpu" or (not amd and torch.cuda.get_device_capability(device)[0] >= 9)
+    eight = 4 if amd else 8  # wavefronts are two warps wide
+    narrow = dim <= 64
+    keys = max(32, triton.next_power_of_2(longest_k))
+    if half:
+        if keys <= (128 if narrow else 64) * (2 if hopper else 1):
+            return (AttentionTile(32 if hopper or narrow else 16, keys, 4 if narrow and keys <= 64 else eight),)
+        if narrow:
+            return AttentionTile(64, 64, 4), AttentionTile(32, 64, 4)
+        return AttentionTile(64, 32, 4), AttentionTile(32, 64, eight)
+    if narrow and keys <= 64:
+        return (AttentionTile(16, keys, eight),)
+    if narrow:
+        return AttentionTile(32, 32, 4), AttentionTile(32, 32, 4)
+    return AttentionTile(32, 16, 4), AttentionTile(16, 32, eight)

@@ -12,14 +12,23 @@ Logits stay in natural units: a bias of 1e30 in all keys then cancels against th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import attention_backward_tile, dot_precision, on_device_of
+from ._launch import AttentionTile, attention_backward_tiles, dot_precision, on_device_of
 from ._math import dot, rounded
 from ._memory import zero_behind
+
+
+@triton.jit
+def _load(ptr, tokens, stride_t, columns, stride_d, mask):
+    return tl.load(ptr + tokens[:, None] * stride_t + columns[None, :] * stride_d, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, tokens, stride_t, columns, value, mask):
+    tl.store(ptr + tokens[:, None] * stride_t + columns[None, :], rounded(value, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -80,14 +89,11 @@ def varlen_attention_bwd_row_kernel(
     keys = tl.arange(0, BLOCK_K)
     live = keys < length_k
     tokens = start_k + keys
-    at = k_ptr + head * stride_kh + tokens[:, None] * stride_kt + columns[None, :] * stride_kd
-    k = tl.load(at, mask=live[:, None] & wide, other=0.0)
-    at = v_ptr + head * stride_vh + tokens[:, None] * stride_vt + value_columns[None, :] * stride_vd
-    v = tl.load(at, mask=live[:, None] & value_wide, other=0.0)
+    k = _load(k_ptr + head * stride_kh, tokens, stride_kt, columns, stride_kd, live[:, None] & wide)
+    v = _load(v_ptr + head * stride_vh, tokens, stride_vt, value_columns, stride_vd, live[:, None] & value_wide)
     bias = tl.where(live, 0.0, float("-inf"))
     if HAS_BIAS:
-        at = bias_ptr + tokens * stride_bt + head * stride_bh
-        bias = tl.load(at, mask=live, other=float("-inf")).to(tl.float32)
+        bias = tl.load(bias_ptr + head * stride_bh + tokens * stride_bt, mask=live, other=float("-inf")).to(tl.float32)
     grad_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
     grad_bias = tl.zeros((BLOCK_K,), tl.float32)
@@ -96,17 +102,19 @@ def varlen_attention_bwd_row_kernel(
         queries = first + tl.arange(0, BLOCK_Q)
         there = queries < length_q
         tokens_q = start_q + queries
-        at = q_ptr + head * stride_qh + tokens_q[:, None] * stride_qt + columns[None, :] * stride_qd
-        q = tl.load(at, mask=there[:, None] & wide, other=0.0)
-        at = grad_ptr + head * stride_gh + tokens_q[:, None] * stride_gt + value_columns[None, :] * stride_gd
-        grad = tl.load(at, mask=there[:, None] & value_wide, other=0.0)
+        q = _load(q_ptr + head * stride_qh, tokens_q, stride_qt, columns, stride_qd, there[:, None] & wide)
+        grad = _load(
+            grad_ptr + head * stride_gh, tokens_q, stride_gt, value_columns, stride_gd, there[:, None] & value_wide
+        )
         lse = tl.load(lse_ptr + tokens_q * H + head, mask=there, other=float("inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key, no probability
         logits = dot(k, tl.trans(q), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), PRECISION) * scale + bias[:, None]
         p = tl.exp(logits - lse[None, :])
-        if q.dtype == tl.float32:  # lse is rounded: beside half dtypes nothing, in float32 it would be the largest error
-            total = tl.sum(p, axis=0)
-            p /= tl.where(total == 0.0, 1.0, total)[None, :]
+        if (
+            q.dtype == tl.float32
+        ):  # lse is rounded: beside half dtypes nothing, in float32 it would be the largest error
+            mass = tl.sum(p, axis=0)
+            p /= tl.where(mass == 0.0, 1.0, mass)[None, :]
         grad_v = dot(rounded(p, grad.dtype), grad, grad_v, PRECISION)
         grad_p = dot(v, tl.trans(grad), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), PRECISION)
         delta = tl.sum(p * grad_p, axis=0)
@@ -115,14 +123,10 @@ def varlen_attention_bwd_row_kernel(
         narrow = rounded(grad_logits, q.dtype)
         grad_k = dot(narrow, q, grad_k, PRECISION)
         grad_q = dot(tl.trans(narrow), k, tl.zeros((BLOCK_Q, BLOCK_D), tl.float32), PRECISION)
-        at = grad_q_ptr + (tokens_q[:, None] * H + head) * D + columns[None, :]
-        grad_q = rounded(grad_q * (scale * varies), grad_q_ptr.dtype.element_ty)
-        tl.store(at, grad_q, mask=there[:, None] & wide)
+        _store(grad_q_ptr + head * D, tokens_q, H * D, columns, grad_q * (scale * varies), there[:, None] & wide)
     tl.store(grad_bias_ptr + tokens * H + head, grad_bias * varies, mask=live)
-    at = grad_k_ptr + (tokens[:, None] * H + head) * D + columns[None, :]
-    tl.store(at, rounded(grad_k * (scale * varies), grad_k_ptr.dtype.element_ty), mask=live[:, None] & wide)
-    at = grad_v_ptr + (tokens[:, None] * H + head) * DV + value_columns[None, :]
-    tl.store(at, rounded(grad_v, grad_v_ptr.dtype.element_ty), mask=live[:, None] & value_wide)
+    _store(grad_k_ptr + head * D, tokens, H * D, columns, grad_k * (scale * varies), live[:, None] & wide)
+    _store(grad_v_ptr + head * DV, tokens, H * DV, value_columns, grad_v, live[:, None] & value_wide)
 
 
 @triton.jit
@@ -181,12 +185,9 @@ def varlen_attention_bwd_q_kernel(
     queries = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     there = queries < length_q
     tokens = start_q + queries
-    at = q_ptr + head * stride_qh + tokens[:, None] * stride_qt + columns[None, :] * stride_qd
-    q = tl.load(at, mask=there[:, None] & wide, other=0.0)
-    at = grad_ptr + head * stride_gh + tokens[:, None] * stride_gt + value_columns[None, :] * stride_gd
-    grad = tl.load(at, mask=there[:, None] & value_wide, other=0.0)
-    at = out_ptr + (tokens[:, None] * H + head) * DV + value_columns[None, :]
-    out = tl.load(at, mask=there[:, None] & value_wide, other=0.0)
+    q = _load(q_ptr + head * stride_qh, tokens, stride_qt, columns, stride_qd, there[:, None] & wide)
+    grad = _load(grad_ptr + head * stride_gh, tokens, stride_gt, value_columns, stride_gd, there[:, None] & value_wide)
+    out = _load(out_ptr + head * DV, tokens, H * DV, value_columns, 1, there[:, None] & value_wide)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(delta_ptr + tokens * H + head, delta, mask=there)
     lse = tl.load(lse_ptr + tokens * H + head, mask=there, other=float("inf"))
@@ -196,22 +197,20 @@ def varlen_attention_bwd_q_kernel(
         keys = first + tl.arange(0, BLOCK_K)
         live = keys < length_k
         tokens_k = start_k + keys
-        at = k_ptr + head * stride_kh + tokens_k[:, None] * stride_kt + columns[None, :] * stride_kd
-        k = tl.load(at, mask=live[:, None] & wide, other=0.0)
-        at = v_ptr + head * stride_vh + tokens_k[:, None] * stride_vt + value_columns[None, :] * stride_vd
-        v = tl.load(at, mask=live[:, None] & value_wide, other=0.0)
+        k = _load(k_ptr + head * stride_kh, tokens_k, stride_kt, columns, stride_kd, live[:, None] & wide)
+        v = _load(v_ptr + head * stride_vh, tokens_k, stride_vt, value_columns, stride_vd, live[:, None] & value_wide)
         bias = tl.where(live, 0.0, float("-inf"))
         if HAS_BIAS:
-            at = bias_ptr + tokens_k * stride_bt + head * stride_bh
-            bias = tl.load(at, mask=live, other=float("-inf")).to(tl.float32)
+            bias = tl.load(bias_ptr + head * stride_bh + tokens_k * stride_bt, mask=live, other=float("-inf")).to(
+                tl.float32
+            )
         logits = dot(q, tl.trans(k), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION) * scale + bias[None, :]
         p = tl.exp(logits - lse[:, None])
         grad_p = dot(grad, tl.trans(v), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
         grad_logits = p * (grad_p - delta[:, None])
         grad_q = dot(rounded(grad_logits, k.dtype), k, grad_q, PRECISION)
     varies = tl.where(length_k == 1, 0.0, 1.0)  # the weight of a single key is 1, whatever its logit
-    at = grad_q_ptr + (tokens[:, None] * H + head) * D + columns[None, :]
-    tl.store(at, rounded(grad_q * (scale * varies), grad_q_ptr.dtype.element_ty), mask=there[:, None] & wide)
+    _store(grad_q_ptr + head * D, tokens, H * D, columns, grad_q * (scale * varies), there[:, None] & wide)
 
 
 @triton.jit
@@ -273,10 +272,8 @@ def varlen_attention_bwd_k_kernel(
     keys = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     live = keys < length_k
     tokens = start_k + keys
-    at = k_ptr + head * stride_kh + tokens[:, None] * stride_kt + columns[None, :] * stride_kd
-    k = tl.load(at, mask=live[:, None] & wide, other=0.0)
-    at = v_ptr + head * stride_vh + tokens[:, None] * stride_vt + value_columns[None, :] * stride_vd
-    v = tl.load(at, mask=live[:, None] & value_wide, other=0.0)
+    k = _load(k_ptr + head * stride_kh, tokens, stride_kt, columns, stride_kd, live[:, None] & wide)
+    v = _load(v_ptr + head * stride_vh, tokens, stride_vt, value_columns, stride_vd, live[:, None] & value_wide)
     grad_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
     grad_bias = tl.zeros((BLOCK_K,), tl.float32)
@@ -287,10 +284,10 @@ def varlen_attention_bwd_k_kernel(
         queries = first + tl.arange(0, BLOCK_Q)
         there = queries < length_q
         tokens_q = start_q + queries
-        at = q_ptr + head * stride_qh + tokens_q[:, None] * stride_qt + columns[None, :] * stride_qd
-        q = tl.load(at, mask=there[:, None] & wide, other=0.0)
-        at = grad_ptr + head * stride_gh + tokens_q[:, None] * stride_gt + value_columns[None, :] * stride_gd
-        grad = tl.load(at, mask=there[:, None] & value_wide, other=0.0)
+        q = _load(q_ptr + head * stride_qh, tokens_q, stride_qt, columns, stride_qd, there[:, None] & wide)
+        grad = _load(
+            grad_ptr + head * stride_gh, tokens_q, stride_gt, value_columns, stride_gd, there[:, None] & value_wide
+        )
         lse = tl.load(lse_ptr + tokens_q * H + head, mask=there, other=float("inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         delta = tl.load(delta_ptr + tokens_q * H + head, mask=there, other=0.0)
@@ -304,10 +301,8 @@ def varlen_attention_bwd_k_kernel(
         grad_k = dot(rounded(grad_logits, q.dtype), q, grad_k, PRECISION)
     varies = tl.where(length_k == 1, 0.0, 1.0)
     tl.store(grad_bias_ptr + tokens * H + head, grad_bias * varies, mask=live)
-    at = grad_k_ptr + (tokens[:, None] * H + head) * D + columns[None, :]
-    tl.store(at, rounded(grad_k * (scale * varies), grad_k_ptr.dtype.element_ty), mask=live[:, None] & wide)
-    at = grad_v_ptr + (tokens[:, None] * H + head) * DV + value_columns[None, :]
-    tl.store(at, rounded(grad_v, grad_v_ptr.dtype.element_ty), mask=live[:, None] & value_wide)
+    _store(grad_k_ptr + head * D, tokens, H * D, columns, grad_k * (scale * varies), live[:, None] & wide)
+    _store(grad_v_ptr + head * DV, tokens, H * DV, value_columns, grad_v, live[:, None] & value_wide)
 
 
 def varlen_attention_backward(
@@ -340,36 +335,78 @@ def varlen_attention_backward(
         0 if key_bias is None else key_bias.stride(0),
         0 if key_bias is None or key_bias.dim() == 1 else key_bias.stride(1),
     )
-    wide = max(16, triton.next_power_of_2(max(dim, value_dim)))
-    tile = attention_backward_tile(longest_k, wide, q.element_size())
     constants = {
         "H": heads,
         "D": dim,
         "DV": value_dim,
         "HAS_BIAS": key_bias is not None,
         "PRECISION": dot_precision(),
-        "BLOCK_Q": tile.queries,
-        "BLOCK_K": tile.keys,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
         "BLOCK_DV": max(16, triton.next_power_of_2(value_dim)),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
+        "num_stages": 2,
     }
+
+    def sizes(tile: AttentionTile) -> dict[str, int]:
+        return {"BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "num_warps": tile.warps}
+
     offsets = cu_seqlens_q, cu_seqlens_k, key_bias
     grads = grad_q, grad_k, grad_v, grad_bias
+    first, *second = attention_backward_tiles(q.device, longest_k, max(dim, value_dim), q.element_size() == 2)
     with on_device_of(q):
-        if longest_k <= tile.keys:
+        if not second:
             varlen_attention_bwd_row_kernel[(batch * heads,)](
-                grad_out, q, k, v, lse, *offsets, *grads, *strides, scale, batch, queries, keys, **constants
+                grad_out,
+                q,
+                k,
+                v,
+                lse,
+                *offsets,
+                *grads,
+                *strides,
+                scale,
+                batch,
+                queries,
+                keys,
+                **constants,
+                **sizes(first),
             )
             return grads
         delta = lse.new_empty(queries, heads)
-        tiles = triton.cdiv(longest_q, tile.queries)
+        tiles = triton.cdiv(longest_q, first.queries)
         varlen_attention_bwd_q_kernel[(batch * tiles * heads,)](
-            grad_out, q, k, v, out, lse, *offsets, delta, grad_q, *strides, scale, batch, queries, tiles, **constants
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *offsets,
+            delta,
+            grad_q,
+            *strides,
+            scale,
+            batch,
+            queries,
+            tiles,
+            **constants,
+            **sizes(first),
         )
-        tiles = triton.cdiv(longest_k, tile.keys)
+        tiles = triton.cdiv(longest_k, second[0].keys)
         varlen_attention_bwd_k_kernel[(batch * tiles * heads,)](
-            grad_out, q, k, v, lse, delta, *offsets, *grads[1:], *strides, scale, batch, keys, tiles, **constants
+            grad_out,
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            *offsets,
+            *grads[1:],
+            *strides,
+            scale,
+            batch,
+            keys,
+            tiles,
+            **constants,
+            **sizes(second[0]),
         )
     return grads

@@ -172,6 +172,14 @@ def _refuses(q: Tensor, *_: Any) -> str | None:
     return "the native kernel takes no float64" if q.dtype == torch.float64 else None
 
 
+def _triton_backward_refuses(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
+    if q.dtype == torch.float64:
+        return "the Triton kernels take no float64"
+    if max(q.shape[2], v.shape[2]) > 128:
+        return "the Triton kernels take heads of at most 128 values"
+    return None
+
+
 _SIZES = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, Tensor? key_bias"
 )
@@ -187,6 +195,7 @@ VARLEN_ATTENTION_BACKWARD = register_op(
         lse.new_empty(k.shape[0], k.shape[1]),
     ),
     triton="varlen_attention_backward",
+    triton_refuses=_triton_backward_refuses,
 )
 VARLEN_ATTENTION = register_op(
     "varlen_attention",

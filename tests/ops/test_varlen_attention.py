@@ -88,7 +88,9 @@ CASES = {
     "longest-one-pass": Case((3, 64), keys=(256, 255), heads=1, dim=8, bias="token", removed=(0, 100, 255)),
     # too long for one pass over a whole row: two, with images that fill one tile, none, and a single key
     "two-passes": Case((257, 1, 0, 64), heads=1, dim=24, bias="head", dead=70),
-    "two-passes-cross": Case((1, 65, 4), keys=(300, 0, 1), heads=2, dim=8, value_dim=20, bias="token", removed=(0, 299)),
+    "two-passes-cross": Case(
+        (1, 65, 4), keys=(300, 0, 1), heads=2, dim=8, value_dim=20, bias="token", removed=(0, 299)
+    ),
     "two-passes-wide": Case((130, 129), heads=1, dim=128),
     "wider-than-128": Case((20, 70), heads=1, dim=160, value_dim=136, bias="token"),
 }

@@ -106,6 +106,21 @@ def test_probabilities_are_float32(backend: str, device: str, dtype: torch.dtype
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def test_any_strides(backend: str, device: str) -> None:
+    """Queries, keys, bias and what comes back, each laid out the other way round."""
+    q_class, k, bias = (random_tensor(*shape, device=device) for shape in ((8, 3, 2), (8, 3, 9), (3, 9)))
+    grad = random_tensor(3, 9, device=device)
+    results = []
+    for contiguous in (True, False):
+        inputs = [tensor.permute(*range(tensor.dim())[::-1]) for tensor in (q_class, k, bias, grad)]
+        *leaves, incoming = (tensor.contiguous() if contiguous else tensor for tensor in inputs)
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        out = class_attention(*leaves[:2], offsets((4, 5), device), 5, key_bias=leaves[2])
+        results.append((out, *torch.autograd.grad(out, leaves, incoming)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)  # float32; the reference may add in another order
+
+
 def good() -> dict:
     return {
         "q_class": torch.zeros(2, 2, 8),

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mtvit_ops.ops import varlen_attention
 from mtvit_ops.testing import (
     assert_close_to_float64,
+    assert_equal,
     assert_matches_formula,
     offsets,
     packed_qkv,
@@ -203,6 +204,20 @@ def test_scores_of_an_image_sum_to_one(scores: str, backend: str, device: str) -
     _, found = varlen_attention(q, k, v, offsets((4, 0, 7), device), 7, scores=scores)
     sums = torch.stack([found[:4].sum(dim=0), found[4:].sum(dim=0)])
     torch.testing.assert_close(sums, torch.ones(2, 3, device=device), atol=1e-6, rtol=0)  # 7 roundings of eps / 2
+
+
+@pytest.mark.parametrize("keys", [6, 300])  # the Triton gradient in one pass, and in two
+def test_gradient_of_any_strides(keys: int, backend: str, device: str) -> None:
+    """What ``sum`` and ``mean`` send back has strides of 0; a bias may be the column of something."""
+    q, k, v = (tensor.requires_grad_() for tensor in packed_qkv(keys, 2, 8, device=device))
+    bias = random_tensor(2, keys, device=device).T.requires_grad_()
+    wanted = (q, k, v, bias)
+    out = varlen_attention(q, k, v, offsets((keys,), device), keys, key_bias=bias)
+    expanded = torch.autograd.grad(out.sum(), wanted, retain_graph=True)
+    turned = torch.ones(8, 2, keys, device=device).permute(2, 1, 0)
+    for name, got, same in zip("qkvb", expanded, torch.autograd.grad(out, wanted, turned), strict=True):
+        assert got.abs().max() > 0
+        assert_equal(f"gradient of {name}", got, same)
 
 
 def good() -> dict:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from mtvit_ops.ops import varlen_attention
 from mtvit_ops.testing import (
     assert_close_to_float64,
-    assert_equal,
     assert_matches_formula,
     offsets,
     packed_qkv,
@@ -217,7 +216,8 @@ def test_gradient_of_any_strides(keys: int, backend: str, device: str) -> None:
     turned = torch.ones(8, 2, keys, device=device).permute(2, 1, 0)
     for name, got, same in zip("qkvb", expanded, torch.autograd.grad(out, wanted, turned), strict=True):
         assert got.abs().max() > 0
-        assert_equal(f"gradient of {name}", got, same)
+        # float32 sums of a few hundred terms; strides may decide the order in which a kernel adds
+        torch.testing.assert_close(got, same, atol=1e-5, rtol=1e-5, msg=f"gradient of {name}")
 
 
 def good() -> dict:

@@ -69,5 +69,5 @@ def attention_backward_tiles(device: torch.device, longest_k: int, dim: int, hal
     if narrow and keys <= 64:
         return (AttentionTile(16, keys, eight),)
     if narrow:
-        return AttentionTile(32, 32, 4), AttentionTile(32, 32, 4)
+        return AttentionTile(64, 32, eight), AttentionTile(32, 32, eight)
     return AttentionTile(32, 16, 4), AttentionTile(16, 32, eight)

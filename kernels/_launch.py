@@ -206,6 +206,8 @@ def with_scratch(run: Callable[..., object]) -> Callable[..., object]:
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 # attention
 
 QUERY_TILE = 64  # rows of one warpgroup's product; ViT lengths waste less of it than of 128
@@ -290,3 +292,47 @@ def _capability(tensor: Tensor) -> int:
 
 def _multiprocessors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+
+
+ROW_KEYS = 1024  # keys of a class row held in registers; beyond, rows are cut
+ROW_VALUES = 8192  # of k at a time: 32 values for each thread of 8 warps
+
+
+def class_row(longest: int, dim: int) -> tuple[int, int, int]:
+    """Keys and columns of a tile, and warps, for one query against a row of keys."""
+    keys = min(max(triton.next_power_of_2(longest), 16), ROW_KEYS)
+    # 16 columns of a half dtype are a sector of memory: narrower slices would read it twice
+    columns = min(triton.next_power_of_2(max(dim, 1)), max(16, ROW_VALUES // keys))
+    return keys, columns, 8 if keys * columns >= ROW_VALUES else 4
+
+
+class AttentionTile(NamedTuple):
+    """Queries and keys along the sides of a tile of logits, and the warps that share it."""
+
+    queries: int
+    keys: int
+    warps: int
+
+
+def attention_backward_tiles(device: torch.device, longest_k: int, dim: int, half: bool) -> tuple[AttentionTile, ...]:
+    """For attention's gradient: one tile where it holds every key, else those of the passes over queries and keys.
+
+    The largest that spill next to nothing when compiled ahead of time. Hopper and later multiply out of shared memory,
+    which leaves registers for twice the keys.
+    """
+    amd = torch.version.hip is not None
+    hopper = device.type == "cpu" or (not amd and torch.cuda.get_device_capability(device)[0] >= 9)
+    eight = 4 if amd else 8  # wavefronts are two warps wide
+    narrow = dim <= 64
+    keys = max(32, triton.next_power_of_2(longest_k))
+    if half:
+        if keys <= (128 if narrow else 64) * (2 if hopper else 1):
+            return (AttentionTile(32 if hopper or narrow else 16, keys, 4 if narrow and keys <= 64 else eight),)
+        if narrow:
+            return AttentionTile(64, 64, 4), AttentionTile(32, 64, 4)
+        return AttentionTile(64, 32, 4), AttentionTile(32, 64, eight)
+    if narrow and keys <= 64:
+        return (AttentionTile(16, keys, eight),)
+    if narrow:
+        return AttentionTile(64, 32, eight), AttentionTile(32, 32, eight)
+    return AttentionTile(32, 16, 4), AttentionTile(16, 32, eight)

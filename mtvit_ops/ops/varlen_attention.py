@@ -197,6 +197,8 @@ VARLEN_ATTENTION_BACKWARD = register_op(
     ),
     native=True,
     refuses=_refuses,
+    triton="varlen_attention_backward",
+    triton_refuses=lambda grad_out, *rest: _triton_refuses(*rest),
 )
 VARLEN_ATTENTION = register_op(
     "varlen_attention",

@@ -134,6 +134,35 @@ def gather_layer_norm() -> Iterator[Sample]:
         yield "gather_layer_norm_backward", f"{SMALL}{text}", (x, x.clone(), rows, wide, stat, stat)
 
 
+@launches
+def scatter_residual_layer_norm() -> Iterator[Sample]:
+    for size in _both():
+        x, y, affine = size.x(), size.x(), (size.values(size.dim), size.values(size.dim), 1e-6)
+        for text, rows, scale in (
+            ("", size.rows(), None),
+            (", scale (D,)", size.rows(), size.values(size.dim)),
+            (", scale (T, 1)", size.rows(), size.values(size.packed, 1)),
+            (", no rows", None, None),
+        ):
+            yield "scatter_residual_layer_norm_", f"{size}{text}", (x, rows, y, *affine, scale)
+        yield "scatter_residual_layer_norm", str(size), (x, size.rows(), y, *affine, None)
+
+
+@launches
+def ragged_linear() -> Iterator[Sample]:
+    for size in _both():
+        x, offsets, dim = size.x(), size.offsets(), size.dim
+        wide, bias = size.values(4 * dim, dim), size.values(4 * dim)
+        hidden, narrow = size.values(size.packed, 4 * dim), size.values(dim, 4 * dim)
+        yield "ragged_linear", f"{size}, qkv", (x, size.values(3 * dim, dim), size.values(3 * dim), offsets, False)
+        yield "ragged_linear", f"{size}, GELU", (x, wide, bias, offsets, True)
+        args = (x, size.rows(), hidden, narrow, size.values(dim), offsets)
+        yield "ragged_linear_residual_", str(size), (*args, None)
+        yield "ragged_linear_residual_", f"{size}, scale (D,)", (*args, size.values(dim))
+        yield "ragged_linear_residual_", f"{size}, scale (T, 1)", (*args, size.values(size.packed, 1))
+        yield "ragged_linear_backward", f"{size}, GELU", (hidden, x, wide, bias, offsets, True)
+
+
 SCORES = {"": 0, ", class scores": 1, ", mean scores": 2}
 
 

@@ -25,7 +25,7 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest tests -q $(TESTS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/kernels -q -n 2 -k triton-cpu $(TESTS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/kernels tests/nn/test_triton_models.py -q -n 2 -k triton-cpu $(TESTS)
 
 bench: setup
 	OMP_WAIT_POLICY=active $(BIN)/python bench/run.py $(BENCH)

@@ -26,10 +26,10 @@ struct Score {
   }
 };
 
-using Float32 = Score<uint32_t, 0x7f800000u>;
-using BFloat16 = Score<uint16_t, 0x7f80u>;
-using Float16 = Score<uint16_t, 0x7c00u>;
-using Float64 = Score<uint64_t, 0x7ff0000000000000u>;
+struct Float32 : Score<uint32_t, 0x7f800000u> {};
+struct BFloat16 : Score<uint16_t, 0x7f80u> {};
+struct Float16 : Score<uint16_t, 0x7c00u> {};
+struct Float64 : Score<uint64_t, 0x7ff0000000000000u> {};
 
 // What is known of an image before its scores are looked at.
 struct Images {

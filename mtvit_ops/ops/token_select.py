@@ -206,4 +206,5 @@ TOKEN_SELECT = register_op(
     fake=_fake,
     value_checks=_value_checks,
     native=True,
+    cuda=True,
 )

@@ -1,11 +1,13 @@
 # make demo   set everything up, then four adaptive ViTs against the dense one on real photographs
 # make test   set everything up, then the tests; Triton's kernels are interpreted on the CPU in a run of their own
 # make bench  set everything up, then the CPU benchmarks; BENCH=--smoke only proves that they run
+# make fuzz   set everything up, then the native operators under sanitizers with drawn arguments, SECONDS=600 long
 # make lint   ruff, mypy, clang-format
 # make clean  remove the environment and everything built
 # Needs Python >= 3.10 (PYTHON=... picks one) and a C++ compiler.
 
 PYTHON ?= python3
+SECONDS ?= 600
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -15,7 +17,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 # threads that wait asleep: on a shared machine, spinning ones slow everybody down, themselves included
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test bench lint clean setup
+.PHONY: demo test bench fuzz lint clean setup
 setup: $(VENV)/.built
 
 demo: setup
@@ -27,6 +29,9 @@ test: setup
 
 bench: setup
 	OMP_WAIT_POLICY=active $(BIN)/python bench/run.py $(BENCH)
+
+fuzz: setup
+	$(BIN)/python tools/fuzz.py --seconds $(SECONDS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -149,14 +149,11 @@ def embed_kernel(
         weight = tl.load(weight_rows + k[None, :], mask=wide_enough[:, None] & (k < PITCH)[None, :], other=0.0)
         acc = dot(pixels, tl.trans(weight), acc, PRECISION)
     mask = inside[:, None] & wide_enough[None, :]
-    bias = tl.load(bias_ptr + columns, mask=wide_enough, other=0.0).to(tl.float32)[None, :]
-    at = places[:, None].to(tl.int64) * D + columns[None, :]
+    heads = bias_ptr + tl.zeros((BLOCK_M,), tl.int64)  # what a token adds to its position
     if P > 0:
-        is_prefix = places < P
-        prefix = tl.load(prefix_ptr + at, mask=mask & is_prefix[:, None], other=0.0).to(tl.float32)
-        acc += tl.where(is_prefix[:, None], prefix, bias)
-    else:
-        acc += bias
+        heads = tl.where(patches < 0, prefix_ptr + places.to(tl.int64) * D, heads)
+    acc += tl.load(heads[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = places[:, None].to(tl.int64) * D + columns[None, :]
     acc += tl.load(table_ptr + at, mask=mask, other=0.0).to(tl.float32)
     at = out_ptr + (starts + places)[:, None] * D + columns[None, :]
     tl.store(at, rounded(acc, out_ptr.dtype.element_ty), mask=mask)
@@ -232,7 +229,8 @@ def make_plan(tails: Tensor, lengths: list[int]) -> Plan:
 def flat_weight(weight: Tensor) -> Tensor:
     """(D, C * k * k), rows filled up with zeros to where 16 bytes start in every dtype."""
     flat = weight.flatten(1)
-    return F.pad(flat, (0, -flat.shape[1] % 8)).contiguous()
+    gap = -flat.shape[1] % 8
+    return (F.pad(flat, (0, gap)) if gap else flat).contiguous()
 
 
 def geometry(images: Tensor, prefix: Tensor, weight: Tensor, tail: int, stride: int, padding: int) -> dict[str, int]:

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import (
+    IMAGE_WARPS,
     PATCH_STAGES,
     PATCH_WARPS,
-    SLOW_FAST_WARPS,
     dot_precision,
     image_tile,
     on_device_of,
@@ -232,7 +232,7 @@ def _table_gradients(grad: Tensor, plan: Plan, lengths: list[int]) -> Tensor:
             LENGTHS=tuple(lengths),
             BLOCK_B=block_b,
             BLOCK_D=block_d,
-            num_warps=SLOW_FAST_WARPS,
+            num_warps=IMAGE_WARPS,
         )
     return out
 

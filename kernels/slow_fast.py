@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import SLOW_FAST_WARPS, image_tile, on_device_of, whole_row_tile
+from ._launch import IMAGE_WARPS, image_row_tile, image_tile, on_device_of
 from ._math import rounded
 
 ONES, AS_THEY_ARE, NORMALIZED = 0, 1, 2  # how entries are weighted
@@ -202,7 +202,7 @@ def slow_fast_merge_backward(
     grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     if batch == 0 or columns == 0 or weights.shape[0] == 0:
         return grad_x, grad_weights
-    block_t, block_d = whole_row_tile(columns)
+    block_t, block_d = image_row_tile(columns)
     with on_device_of(grad):
         merge_backward_kernel[(batch,)](
             grad,
@@ -223,7 +223,7 @@ def slow_fast_merge_backward(
             HAS_ROWS=rows is not None,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
-            num_warps=SLOW_FAST_WARPS,
+            num_warps=IMAGE_WARPS,
         )
     return grad_x, grad_weights
 
@@ -246,7 +246,7 @@ def slow_fast_update(x: Tensor, rows: Tensor | None, cu_seqlens: Tensor, max_seq
             HAS_ROWS=rows is not None,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
-            num_warps=SLOW_FAST_WARPS,
+            num_warps=IMAGE_WARPS,
         )
     return out
 
@@ -277,6 +277,6 @@ def _sums(x: Tensor, weights: Tensor | None, rows: Tensor | None, cu_seqlens: Te
             HAS_ROWS=rows is not None,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
-            num_warps=SLOW_FAST_WARPS,
+            num_warps=IMAGE_WARPS,
         )
     return out

@@ -92,6 +92,16 @@ def preferred_backend() -> str | None:
     return _override.get() or _from_environment()
 
 
+def triton_serves(device_type: str) -> bool:
+    """Whether ops on tensors of this device go to Triton's kernels, where those take the arguments."""
+    if device_type == "cpu":  # slow: only for whoever asks
+        return triton_is_interpreted() and preferred_backend() == "triton"
+    if device_type != "cuda" or not _backends()["triton"].available:
+        return False
+    # a compiler cannot read the override; the ops themselves still follow it
+    return torch.compiler.is_compiling() or preferred_backend() in (None, "triton")
+
+
 @cache
 def say_once(level: int, message: str) -> None:
     """Log a message the first time it is given."""

@@ -51,7 +51,7 @@ def register_op(
         triton_refuses: as ``refuses``; default: no float64.
         setup_context, backward: as ``torch.library.register_autograd`` takes them; None: not differentiable.
     """
-    reference, fake = _with_plain_strides(reference), _with_plain_strides(fake)
+    reference, fake = _without_autocast(_with_plain_strides(reference)), _with_plain_strides(fake)
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     servers: dict[str, Server] = {}
@@ -59,7 +59,9 @@ def register_op(
         servers["cpp"] = Server(_native(name, native) if callable(native) else native_operator(name), refuses)
     kernel = None
     if triton is not None and _backend.available_backends()["triton"].available:
-        kernel = Server(_triton(triton, name), triton_refuses or _takes_no_float64, checks_values=False)
+        kernel = Server(
+            _without_autocast(_triton(triton, name)), triton_refuses or _takes_no_float64, checks_values=False
+        )
         if _backend.triton_is_interpreted():
             servers["triton"] = kernel
     _LIBRARY.impl(name, _dispatch(name, "CPU", servers, reference, value_checks), "CPU")
@@ -158,6 +160,16 @@ def _with_plain_strides(function: Kernel) -> Kernel:
 
     def run(*args: Any) -> Any:
         return plain(function(*args))
+
+    return run
+
+
+def _without_autocast(function: Kernel) -> Kernel:
+    """The function with the dtypes it asks for: autocast is the door's business, and would round what is kept wide."""
+
+    def run(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return function(*args)
 
     return run
 

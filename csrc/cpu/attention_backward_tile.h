@@ -85,6 +85,7 @@ void attention_gradients(const AttentionBackwardTask& t) {
   float* grad_v = take(nk * values);
   float* grad_bias = take(columns);
   float* bias = t.bias ? take(columns) : nullptr;
+  MTVIT_ASSERT(free <= t.scratch + backward_scratch_floats(nq, nk, d, dv));
 
   const auto* k = static_cast<const T*>(t.k);
   const auto* v = static_cast<const T*>(t.v);

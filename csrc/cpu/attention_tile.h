@@ -53,7 +53,9 @@ void attention_blocks(const AttentionTask& t) {
   float* logits = v_panels + round_up(nk * values, kMaxWidth);
   float* queries = logits + round_up(kRows * lds, kMaxWidth);
   float* result = queries + round_up(kRows * depth, kMaxWidth);
-  float* bias = t.bias ? result + round_up(kRows * values, kMaxWidth) : nullptr;
+  float* after = result + round_up(kRows * values, kMaxWidth);
+  float* bias = t.bias ? after : nullptr;
+  MTVIT_ASSERT(after + (t.bias ? columns : 0) <= t.scratch + scratch_floats(nk, d, dv));
 
   pack_keys<E>(static_cast<const T*>(t.k), t.k_stride, nk, d, k_panels);
   pack_values<E>(static_cast<const T*>(t.v), t.v_stride, nk, dv, v_panels);

@@ -6,6 +6,19 @@
 
 namespace mtvit_ops {
 
+// What the operators guarantee their kernels; looked at in a debug build (MTVIT_OPS_DEBUG=1) only.
+#ifdef MTVIT_OPS_DEBUG
+#define MTVIT_ASSERT(condition)                                                                  \
+  do {                                                                                           \
+    if (!(condition)) {                                                                          \
+      __builtin_printf("mtvit_ops: %s does not hold (%s:%d)\n", #condition, __FILE__, __LINE__); \
+      __builtin_trap();                                                                          \
+    }                                                                                            \
+  } while (false)
+#else
+#define MTVIT_ASSERT(condition) static_cast<void>(0)
+#endif
+
 enum class Dtype : int { f32, bf16, f16 };
 
 inline constexpr int64_t kMaxWidth = 16;  // floats in the widest vector

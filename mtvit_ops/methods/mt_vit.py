@@ -107,6 +107,10 @@ class MTViT(Method):
     cost_field = "cost_weight"
     config: MTViTConfig
 
+    @property
+    def counts_are_dynamic(self) -> bool:
+        return self.config.force_tail is None
+
     def attach(self, model: VisionTransformer) -> None:
         sizes, grids = model.config, self.config.grids
         if grids[-1] != sizes.grid_size:

@@ -32,7 +32,7 @@ def attention_half_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor |
     """
     attn, norm, x = block.attn, block.norm1, tokens.x
     halves = _halves_for(x)
-    if halves is None or not (_is_plain(attn) and _is_plain_norm(norm)):
+    if halves is None or not (is_plain(attn) and is_plain_norm(norm)):
         return None
     qkv, proj = _weights(x, attn.qkv), _weights(x, attn.proj)
     if qkv is None or proj is None:
@@ -47,7 +47,7 @@ def feed_forward_half_(block: Block, tokens: RaggedTokens) -> bool:
     """``x[rows] += fc2(gelu(fc1(norm2(x[rows]))))``; False: it cannot serve here, and nothing was done."""
     mlp, norm, x = block.mlp, block.norm2, tokens.x
     halves = _halves_for(x)
-    if halves is None or not (_is_plain(mlp) and _is_plain_norm(norm)):
+    if halves is None or not (is_plain(mlp) and is_plain_norm(norm)):
         return False
     fc1, fc2 = _weights(x, mlp.fc1), _weights(x, mlp.fc2)
     if fc1 is None or fc2 is None:
@@ -76,19 +76,19 @@ def _halves_for(x: Tensor) -> _Halves | None:
     return _native_halves()
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether the module's class alone says what it computes."""
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def _is_plain_norm(norm: nn.Module) -> bool:
-    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and _is_plain(norm)
+def is_plain_norm(norm: nn.Module) -> bool:
+    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and is_plain(norm)
 
 
 def _weights(x: Tensor, layer: nn.Module) -> tuple[Any, Any] | None:
     """Weight, packed where the layer packs it, and bias; None: the layer must run itself."""
     packs = type(layer) is PackedLinear
-    if not ((packs or type(layer) is nn.Linear) and _is_plain(layer)):
+    if not ((packs or type(layer) is nn.Linear) and is_plain(layer)):
         return None
     weight, bias = layer.weight, layer.bias
     if type(weight) is not nn.Parameter or weight.dtype is not x.dtype or weight.numel() == 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ragged import RaggedTokens
-from .block import Block
+from .block import Attended, Block
 from .vision_transformer import VisionTransformer
 
 
@@ -31,20 +31,24 @@ class MaskedBlock(nn.Module):
         key_bias: Tensor | None = None,
         scores: Literal["class", "mean"] | None = None,
         inplace: bool = False,
-    ) -> tuple[RaggedTokens, Tensor | None]:
+        ragged: bool = False,
+    ) -> Attended:
         if tokens.rows is None:
             return self.block.attend(tokens, key_bias=key_bias, scores=scores)
         everyone, alive, rows, live = _everyone(tokens)
         bias = torch.zeros_like(alive, dtype=tokens.x.dtype).masked_fill(~alive, -torch.inf)
         if key_bias is not None:
             bias = bias.index_add(0, rows, key_bias.where(live, 0.0))
-        after, received = self.block.attend(everyone, key_bias=bias, scores=scores)
+        after, received, _ = self.block.attend(everyone, key_bias=bias, scores=scores)
         x = torch.where(alive[:, None], after.x, tokens.x)
-        return tokens._replace(x=x), None if received is None else received[rows].where(live[:, None], 0.0)
+        kept = None if received is None else received[rows].where(live[:, None], 0.0)
+        return Attended(tokens._replace(x=x), kept, None)
 
-    def feed_forward(self, tokens: RaggedTokens, *, inplace: bool = False) -> RaggedTokens:
+    def feed_forward(
+        self, tokens: RaggedTokens, *, inplace: bool = False, ragged: bool = False, normed: Tensor | None = None
+    ) -> RaggedTokens:
         if tokens.rows is None:
-            return self.block.feed_forward(tokens)
+            return self.block.feed_forward(tokens, normed=normed)
         everyone, alive, _, _ = _everyone(tokens)
         after = self.block.feed_forward(everyone)
         return tokens._replace(x=torch.where(alive[:, None], after.x, tokens.x))

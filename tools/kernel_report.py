@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(options.kernels or ()) - set(launches.stems())
     if unknown:
         raise SystemExit(f"--kernels: no such file with launchers: {', '.join(sorted(unknown))}")
-    rows = report(options.targets, options.kernels, options.jobs)
+    rows = report(options.targets, options.kernels, options.jobs, options.each)
     limits = {name: min(SHARED_KIB[name], options.shared_limit or SHARED_KIB[name]) for name in options.targets}
-    found = problems(rows, limits)
+    found = problems(rows, limits, options.spill_limit)
     sections = {**_sections(options.json), triton.__version__: {"commit": _commit(), "rows": rows}}
     text = "\n\n".join(_table(version, section) for version, section in sorted(sections.items(), reverse=True))
     for path, content in ((options.json, _json(sections)), (options.markdown, _HEAD + text)):
@@ -58,15 +58,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if found else 0
 
 
-def report(targets: list[str], kernels: list[str] | None = None, jobs: int = 2) -> list[dict[str, Any]]:
-    """A row for each kernel, configuration and target."""
-    _RECORDED[:] = [entry for target in targets for entry in record(target, launches.table(kernels))]
+def report(
+    targets: list[str], kernels: list[str] | None = None, jobs: int = 2, each: int | None = None
+) -> list[dict[str, Any]]:
+    """A row for each kernel, configuration and target, or for ``each`` configurations of a kernel."""
+    recorded = [_spaced(record(target, launches.table(kernels)), each) for target in targets]
+    _RECORDED[:] = [entry for entries in recorded for entry in entries]
     # uncached, so that the assembler speaks; forked, since a launch cannot be pickled
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         return pool.map(_compiled, range(len(_RECORDED)), chunksize=1)
 
 
-def problems(rows: list[dict[str, Any]], limits: dict[str, int]) -> list[str]:
+def _spaced(recorded: list[tuple[str, Launch]], each: int | None) -> list[tuple[str, Launch]]:
+    """As many of a kernel's configurations, evenly spaced over the table."""
+    kernels: dict[str, list[tuple[str, Launch]]] = {}
+    for case, launch in recorded:
+        kernels.setdefault(launch.name, []).append((case, launch))
+    return [entry for found in kernels.values() for entry in found[:: -(-len(found) // (each or len(found)))]]
+
+
+def problems(rows: list[dict[str, Any]], limits: dict[str, int], spilled: int = 0) -> list[str]:
     """What no kernel may do, in words."""
     found = []
     for row in rows:
@@ -74,7 +85,7 @@ def problems(rows: list[dict[str, Any]], limits: dict[str, int]) -> list[str]:
         if "error" in row:
             found.append(f"{where}: does not compile: {row['error']}")
             continue
-        if row["spill_bytes"]:
+        if row["spill_bytes"] > spilled:
             found.append(f"{where}: spills {row['spill_bytes']} bytes a thread at {row['registers']} registers")
         if row["shared_bytes"] > 1024 * limits[row["target"]]:
             found.append(f"{where}: {row['shared_bytes'] / 1024:.0f} KiB shared, limit {limits[row['target']]}")
@@ -188,6 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="every row; sections of other Triton versions in it are kept")
     add("--markdown", type=Path, metavar="FILE", help="tables of all versions in the JSON file and of this run")
     add("--shared-limit", type=int, metavar="KIB", help=f"below what the targets have ({SHARED_KIB})")
+    add("--spill-limit", type=int, default=0, metavar="BYTES", help="a thread may spill so many (default %(default)s)")
+    add("--each", type=int, metavar="N", help="so many configurations of a kernel; default: all")
     add("--jobs", type=int, default=2, help="processes (default %(default)s)")
     return parser
 

@@ -53,12 +53,15 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the tool says about every kernel."""
-    file = tmp_path_factory.mktemp("report") / "kernels.json"
-    done = run(str(TOOL), "--json", str(file))
-    assert done.returncode == 0, done.stderr
-    [section] = json.loads(file.read_text()).values()
-    return section["rows"]
+    """What the tool says about every kernel, in a few configurations; all of them take minutes."""
+    found = []
+    for each, *targets in (("3", "sm_90", "gfx942"), ("1", "sm_80", "sm_100")):
+        file = tmp_path_factory.mktemp("report") / "kernels.json"
+        done = run(str(TOOL), "--json", str(file), "--each", each, "--targets", *targets)
+        assert done.returncode == 0, done.stderr
+        [section] = json.loads(file.read_text()).values()
+        found += section["rows"]
+    return found
 
 
 def test_every_kernel_compiles_for_every_target(rows: list[dict[str, Any]]) -> None:

@@ -24,6 +24,12 @@ class Case(NamedTuple):
     rows: tuple[int, ...] | None = None  # None: all rows
     dead: int = 0  # entries behind the last image: NaN scores, mask True, row 99
     capacity: int | None = None
+    max_seqlen: int | None = None
+
+
+def spread(*lengths: int) -> tuple[tuple[float, ...], ...]:
+    """Scores of images this long, with ties."""
+    return tuple(tuple(float((i * 37 + b) % 101 - 50) for i in range(n)) for b, n in enumerate(lengths))
 
 
 CASES = {
@@ -80,9 +86,26 @@ CASES = {
     "capacity-dead-counts": Case(((1.0, 2.0), ()), keep=(1, 0), dead=2),
     "capacity-dead-mask": Case(None, mask=((1, 0), (0, 1)), dead=3),
     # more than one block of any sort
-    "N197": Case(
-        tuple(tuple(float((i * 37 + b) % 101) for i in range(197)) for b in range(3)), keep=99, prefix=1
+    "N197": Case(spread(197, 197, 197), keep=99, prefix=1),
+    # a bound below the number of tokens: the edges of a tile, with one warp and with more
+    "bound-16": Case(spread(15, 16, 7), keep=7, prefix=1, max_seqlen=16),
+    "bound-17": Case(spread(17, 15, 16), keep=8, prefix=1, max_seqlen=17),
+    "bound-256": Case(spread(255, 256), keep=100, prefix=2, max_seqlen=256),
+    "bound-257": Case(spread(257, 3, 256), keep=(128, 3, 1), prefix=1, max_seqlen=257),
+    "bound-577": Case(spread(577, 576), threshold=3.0, prefix=1, max_seqlen=577),
+    # the longest image that stays in registers, and one that does not
+    "N4096": Case(spread(4096), keep=2000, prefix=1),
+    "N4097": Case(spread(4097), keep=2000, prefix=1),
+    # no bound, and too many tokens for one tile: images in pieces of 1024
+    "unbounded": Case(spread(1023, 1024, 1025, 0, 1030), keep=(500, 1024, 1, 0, 1029), prefix=1),
+    "unbounded-threshold": Case(spread(2049, 0, 2050), threshold=0.0, prefix=1, dead=2),
+    "unbounded-mask": Case(
+        spread(1025, 3072), mask=tuple(tuple(i % 3 for i in range(n)) for n in (1025, 3072)), prefix=1
     ),
+    # offsets add up over more images than a tile of them holds, and so does what lies behind
+    "B1026": Case(spread(*(i % 2 for i in range(1026))), threshold=0.0, max_seqlen=1, dead=3),
+    # a threshold that the scores' dtype rounds to infinity
+    "threshold-huge": Case(((1.0, INF, -INF),), threshold=1e39),
 }  # fmt: skip
 
 
@@ -110,12 +133,13 @@ def test_matches_the_model(case: Case, order: str, backend: str, device: str, dt
         token_select(
             scores, rows, offsets(lengths, device), keep=keep, threshold=case.threshold, mask=mask,
             num_prefix_tokens=case.prefix, order=order, return_dropped=True, capacity=case.capacity,
+            max_seqlen=case.max_seqlen,
         )
         for _ in range(2)
     )  # fmt: skip
     alone = token_select(
         scores, rows, offsets(lengths, device), keep=keep, threshold=case.threshold, mask=mask,
-        num_prefix_tokens=case.prefix, order=order, capacity=case.capacity,
+        num_prefix_tokens=case.prefix, order=order, capacity=case.capacity, max_seqlen=case.max_seqlen,
     )  # fmt: skip
 
     kept, dropped = select_model(
@@ -189,6 +213,9 @@ BAD = {
     "threshold-nan": ({"keep": None, "threshold": math.nan}, ValueError, "threshold must be in"),
     "prefix-negative": ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens must be >= 0"),
     "order-unknown": ({"order": "random"}, ValueError, "order must be one of"),
+    "longest-no-int": ({"max_seqlen": 2.0}, TypeError, "max_seqlen must be an int"),
+    "longest-negative": ({"max_seqlen": -1}, ValueError, "max_seqlen must be >= 0"),
+    "longest-too-small": ({"max_seqlen": 2}, ValueError, "max_seqlen"),
     "capacity-negative": ({"capacity": -1}, ValueError, "capacity must be >= 0"),
     "capacity-too-small": ({"capacity": 1}, ValueError, "capacity"),
     "capacity-too-small-counts": ({"keep": int32(2, 2), "capacity": 3}, ValueError, "capacity"),

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import COMPARED, LONGEST_TILE, batch_tile, image_tile, on_device_of, ranking_tile
+from ._launch import COMPARED, batch_tile, image_tile, on_device_of, ranking_tile
 from ._math import rounded
 from ._rows import fill_behind, kept_before, kept_counts, put_offsets
 
@@ -184,15 +184,11 @@ def token_select_kernel(
         reached = length
         while (bit != 0) & (reached != wanted):
             tried = bar | bit
-            found = count_above(
-                tried - 1, tile, scores_ptr, stride_scores, first, length, num_prefix, ONE_TILE, BLOCK
-            )
+            found = count_above(tried - 1, tile, scores_ptr, stride_scores, first, length, num_prefix, ONE_TILE, BLOCK)
             bar = tl.where(found >= wanted, tried, bar)
             reached = tl.where(found >= wanted, found, reached)
             bit = bit >> 1
-        ties = wanted - count_above(
-            bar, tile, scores_ptr, stride_scores, first, length, num_prefix, ONE_TILE, BLOCK
-        )
+        ties = wanted - count_above(bar, tile, scores_ptr, stride_scores, first, length, num_prefix, ONE_TILE, BLOCK)
     if RULE == 1:
         bar = threshold_key(threshold, scores_ptr.dtype.element_ty)
 
@@ -266,16 +262,15 @@ def worst_last(
 
 
 @triton.jit
-def sort(x, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rising order, by Batcher's bitonic network; the interpreter runs tl.sort a thousand times slower."""
+def sort(x, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """Rising order by a bitonic network in a loop: tl.sort unrolls it, which takes a minute to compile for 4,096."""
     place = tl.arange(0, BLOCK)
-    for level in tl.static_range(BITS):
-        for step in tl.static_range(level + 1):
-            distance: tl.constexpr = 1 << (level - step)
-            pairs = tl.reshape(x, (BLOCK // (2 * distance), 2, distance))
-            partner = tl.reshape(tl.sum(pairs, axis=1, keep_dims=True) - pairs, (BLOCK,))
-            keeps_small = ((place & distance) == 0) == ((place & (2 << level)) == 0)
-            x = tl.where((partner < x) == keeps_small, partner, x)
+    for level in range(BITS):
+        for step in range(level + 1):
+            distance = 1 << (level - step)
+            partner = tl.gather(x, place ^ distance, 0)
+            keeps_smaller = ((place & distance) == 0) == ((place & (2 << level)) == 0)
+            x = tl.where((partner < x) == keeps_smaller, partner, x)
     return x
 
 
@@ -320,7 +315,7 @@ def token_select_by_score_kernel(
         )
         if SORT:
             position = places
-            places = (sort(sorts, BLOCK_BITS, BLOCK) & ((1 << PLACE_BITS) - 1)).to(tl.int32)
+            places = (sort(sorts, BLOCK, BLOCK_BITS) & ((1 << PLACE_BITS) - 1)).to(tl.int32)
         else:
             position = tl.zeros((BLOCK,), tl.int32)
             for other in range(0, length, BLOCK_OTHERS):
@@ -433,7 +428,7 @@ def token_select(
                 SORT=sort,
                 BLOCK=block,
                 BLOCK_OTHERS=COMPARED,
-                PLACE_BITS=SHORT_PLACE_BITS if longest <= LONGEST_TILE else LONG_PLACE_BITS,
+                PLACE_BITS=SHORT_PLACE_BITS if longest <= 1 << SHORT_PLACE_BITS else LONG_PLACE_BITS,
                 BLOCK_BITS=block.bit_length() - 1,
                 num_warps=warps,
             )

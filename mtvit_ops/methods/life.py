@@ -158,7 +158,13 @@ class Life(Method):
             return tokens
         scores = F.pad(lives, (1, 0)).reshape(-1)  # the class token is protected, whatever its score
         selection = token_select(
-            scores, None, tokens.cu_seqlens, keep=budget, num_prefix_tokens=1, order="score", max_seqlen=tokens.max_seqlen
+            scores,
+            None,
+            tokens.cu_seqlens,
+            keep=budget,
+            num_prefix_tokens=1,
+            order="score",
+            max_seqlen=tokens.max_seqlen,
         )
         return tokens.select(selection, budget)
 

@@ -25,6 +25,7 @@ class Case(NamedTuple):
     dead: int = 0  # entries behind the last image: NaN scores, mask True, row 99
     capacity: int | None = None
     max_seqlen: int | None = None
+    tile: int | None = None  # the kernels' tiles, made so small that a short image does not fit
 
 
 def spread(*lengths: int) -> tuple[tuple[float, ...], ...]:
@@ -93,19 +94,16 @@ CASES = {
     "bound-256": Case(spread(255, 256), keep=100, prefix=2, max_seqlen=256),
     "bound-257": Case(spread(257, 3, 256), keep=(128, 3, 1), prefix=1, max_seqlen=257),
     "bound-577": Case(spread(577, 576), threshold=3.0, prefix=1, max_seqlen=577),
-    # the longest image that stays in registers, and one that does not
     "N4096": Case(spread(4096), keep=2000, prefix=1),
-    "N4097": Case(spread(4097), keep=2000, prefix=1),
-    # no bound, and too many tokens for one tile: images in pieces of 1024
-    "unbounded": Case(spread(1023, 1024, 1025, 0, 1030), keep=(500, 1024, 1, 0, 1029), prefix=1),
-    "unbounded-threshold": Case(spread(2049, 0, 2050), threshold=0.0, prefix=1, dead=2),
-    "unbounded-mask": Case(
-        spread(1025, 3072), mask=tuple(tuple(i % 3 for i in range(n)) for n in (1025, 3072)), prefix=1
-    ),
-    # offsets add up over more images than a tile of them holds, and so does what lies behind
-    "B1026": Case(spread(*(i % 2 for i in range(1026))), threshold=0.0, max_seqlen=1, dead=3),
-    # a threshold that the scores' dtype rounds to infinity
-    "threshold-huge": Case(((1.0, INF, -INF),), threshold=1e39),
+    # images longer than a tile are taken in pieces, and compared pair by pair
+    "pieces": Case(spread(15, 16, 17, 0, 33), keep=(7, 16, 1, 0, 32), prefix=1, tile=16),
+    "pieces-ties": Case(((2.0,) * 10 + (3.0,) * 10, (NAN,) * 17), keep=14, tile=16),
+    "pieces-threshold": Case(spread(33, 0, 48), threshold=3.0, prefix=18, tile=16, dead=2),
+    "pieces-mask": Case(spread(17, 33), mask=tuple(tuple(i % 3 for i in range(n)) for n in (17, 33)), tile=16),
+    # offsets add up over more images than a tile of them holds, and what lies behind is longer than a tile
+    "many-images": Case(spread(*(i % 2 for i in range(17))), threshold=0.0, tile=16, dead=20),
+    # a threshold that float16 rounds to infinity
+    "threshold-large": Case(((1.0, INF, -INF),), threshold=1e6),
 }  # fmt: skip
 
 
@@ -117,7 +115,14 @@ def flat(table, fill, dead: int, dtype: torch.dtype, device: str) -> Tensor | No
 
 @pytest.mark.parametrize("order", ["ascending", "score"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_matches_the_model(case: Case, order: str, backend: str, device: str, dtype: torch.dtype) -> None:
+def test_matches_the_model(
+    case: Case, order: str, backend: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case.tile is not None and backend == "triton":
+        from mtvit_ops.kernels import _launch
+
+        for name in ("LONGEST_TILE", "PIECE", "RANKED", "BATCH_TILE"):
+            monkeypatch.setattr(_launch, name, case.tile)
     images = case.mask if case.scores is None else case.scores
     lengths = [len(image) for image in images]
     scores = flat(case.scores, NAN, case.dead, dtype, device)

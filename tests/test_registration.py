@@ -94,10 +94,10 @@ def samples() -> dict[str, list[tuple]]:
         "slow_fast_update": [(draw(6, 8), rows, cu_seqlens, 3, draw(2, 8))],
         "slow_fast_update_backward": [(random_tensor(6, 8), rows, cu_seqlens, 3)],
         "token_select": [
-            (*select, None, None, 1, None, 1, False, 2, True, 3),
-            (*select, None, int32(2, 1), -1, None, 0, True, 5, False, 0),
-            (*select, None, None, -1, 0.5, 0, False, 5, False, 0),
-            (None, None, cu_seqlens, torch.ones(5, dtype=torch.bool), None, -1, None, 0, False, 5, True, 5),
+            (*select, None, None, 1, None, 1, False, 2, True, 3, 3),
+            (*select, None, int32(2, 1), -1, None, 0, True, 5, False, 0, 5),
+            (*select, None, None, -1, 0.5, 0, False, 5, False, 0, 5),
+            (None, None, cu_seqlens, torch.ones(5, dtype=torch.bool), None, -1, None, 0, False, 5, True, 5, 5),
         ],
         "halting_step": [
             (draw(6, 4), rows, cu_seqlens, readout, *(s.clone().requires_grad_() for s in sums),

@@ -46,6 +46,9 @@ def batch_tile(images: int) -> int:
     return min(max(16, triton.next_power_of_2(images)), BATCH_TILE)
 
 
+LIST_TILE = 512  # entries or rows that halting_step takes at once: 4 for each thread of 4 warps
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

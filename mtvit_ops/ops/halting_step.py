@@ -181,6 +181,7 @@ HALTING_STEP_BACKWARD = register_op(
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(grad_remainder),
     ),
+    triton="halting_step_backward",
 )
 HALTING_STEP = register_op(
     "halting_step",
@@ -195,6 +196,7 @@ HALTING_STEP = register_op(
     refuses=_refuses,
     cuda=True,
     cuda_refuses=_refuses,
+    triton="halting_step",
     setup_context=_setup_context,
     backward=_backward,
 )

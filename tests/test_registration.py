@@ -321,6 +321,23 @@ def test_compiles_to_one_graph(function: Callable[..., Any], shapes: dict[str, t
     assert_compiles(function, shapes, "aot_eager", atol=0.0, rtol=0.0)  # the same kernels
 
 
+@pytest.mark.parametrize(("function", "shapes"), CALLS.values(), ids=CALLS)
+def test_exports(function: Callable[..., Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """``torch.export`` holds every op as one node of its graph."""
+
+    class Call(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Any:
+            return function(*tensors)
+
+    tensors = tuple(random_tensor(*shape) for shape in shapes.values())
+    program = torch.export.export(Call(), tensors)
+    parts = [part for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    # what runs without gradients is a graph of its own, what writes in place an argument of another node
+    assert any(f"{NAMESPACE}." in f"{node.target} {node.args}" for part in parts for node in part.graph.nodes)
+    for got, want in zip(tree_leaves(program.module()(*tensors)), tree_leaves(function(*tensors)), strict=True):
+        assert_equal("exported", got, want)
+
+
 def test_inductor_compiles_a_block() -> None:
     shapes = {"x": (6, 8), "scores": (6,), "weight": (8,), "bias": (8,)}
     assert_compiles(block, shapes, "inductor", atol=1e-6, rtol=1e-5)  # the code between the ops is fused anew

@@ -2,6 +2,7 @@
 
 Environment:
   MTVIT_OPS_BUILD_EXT   auto (default): build, but install pure Python if that fails; 1: fail; 0: do not build
+  MTVIT_OPS_DEBUG       1: assertions in the kernels, debug symbols, little optimisation; 0 (default)
   MTVIT_OPS_WITH_CUDA   auto (default): if PyTorch has CUDA and nvcc is there; 1: also under a CPU-only PyTorch; 0: no
   TORCH_CUDA_ARCH_LIST  such as "8.0;9.0a;10.0+PTX"; default: the GPUs of this machine, else a list
   CUDA_HOME, CUDACXX, MAX_JOBS, CMAKE_ARGS: as everywhere
@@ -36,9 +37,9 @@ print(json.dumps({"root": str(root), "version": str(v["__version__"]), "cuda": v
 """
 
 
-def mode(variable: str) -> str:
+def mode(variable: str, default: str = "auto") -> str:
     """The value of an auto/0/1 environment variable."""
-    value = os.environ.get(variable, "auto").lower()
+    value = os.environ.get(variable, default).lower()
     if value not in MODES:
         raise SystemExit(f"{variable} must be auto, 0 or 1, got {value!r}")
     return MODES[value]
@@ -113,7 +114,7 @@ class CMakeBuild(build_ext):
             env["CUDACXX"] = str(Path(env["CUDA_HOME"]) / "bin" / "nvcc")
         args = [
             *("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
-            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug or mode('MTVIT_OPS_DEBUG', '0') == '1' else 'Release'}",
             f"-DCMAKE_INSTALL_PREFIX={target}",
             f"-DMTVIT_OPS_TORCH={torch['root']}",
             f"-DMTVIT_OPS_TORCH_VERSION={torch['version']}",

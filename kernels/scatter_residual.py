@@ -19,6 +19,16 @@ NO_SCALE, COLUMN_SCALE, ROW_SCALE = 0, 1, 2  # none, (D,), (T, 1)
 
 
 @triton.jit
+def scaled(step, scale_ptr, stride_scale, entries, columns, live, D: tl.constexpr, SCALE: tl.constexpr):
+    """A float32 tile of packed tokens, times the LayerScale or their factors."""
+    if SCALE == 1:
+        step *= tl.load(scale_ptr + columns * stride_scale, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    if SCALE == 2:
+        step *= tl.load(scale_ptr + entries * stride_scale, mask=live, other=0.0).to(tl.float32)[:, None]
+    return step
+
+
+@triton.jit
 def scatter_residual_kernel(
     x_ptr,  # (R, D)
     rows_ptr,  # (T,)
@@ -44,11 +54,7 @@ def scatter_residual_kernel(
         live = live & (rows >= 0)
     mask = live[:, None] & (columns < D)[None, :]
     step = tl.load(y_ptr + entries[:, None] * stride_yt + columns[None, :] * stride_yd, mask=mask, other=0.0)
-    step = step.to(tl.float32)
-    if SCALE == 1:
-        step *= tl.load(scale_ptr + columns * stride_scale, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    if SCALE == 2:
-        step *= tl.load(scale_ptr + entries * stride_scale, mask=live, other=0.0).to(tl.float32)[:, None]
+    step = scaled(step.to(tl.float32), scale_ptr, stride_scale, entries, columns, live, D, SCALE)
     at = x_ptr + rows[:, None] * stride_xr + columns[None, :]
     x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     tl.store(at, rounded(x + step, x_ptr.dtype.element_ty), mask=mask)
@@ -114,7 +120,7 @@ def scatter_residual_(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor |
     with on_device_of(x):
         scatter_residual_kernel[grid](
             x,
-            rows,
+            rows if rows is None else rows.contiguous(),
             y,
             scale,
             x.stride(0),
@@ -123,7 +129,7 @@ def scatter_residual_(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor |
             0 if scale is None else scale.stride(0),
             tokens,
             D=columns,
-            SCALE=_kind(scale),
+            SCALE=scale_kind(scale),
             HAS_ROWS=rows is not None,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
@@ -141,7 +147,7 @@ def scatter_residual_backward(
     grad: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     tokens, columns = (grad if rows is None else rows).shape[0], grad.shape[1]
-    kind = _kind(scale)
+    kind = scale_kind(scale)
     grad_y = grad.new_empty(tokens, columns)
     if tokens == 0 or columns == 0:
         return grad_y, grad.new_zeros(0) if scale is None else torch.zeros_like(scale)
@@ -152,7 +158,7 @@ def scatter_residual_backward(
     with on_device_of(grad):
         scatter_residual_backward_kernel[grid](
             grad,
-            rows,
+            rows if rows is None else rows.contiguous(),
             y,
             scale,
             grad_y,
@@ -176,5 +182,5 @@ def scatter_residual_backward(
     return grad_y, partial.sum(dim=0 if kind == COLUMN_SCALE else 1).reshape(scale.shape).to(scale.dtype)
 
 
-def _kind(scale: Tensor | None) -> int:
+def scale_kind(scale: Tensor | None) -> int:
     return NO_SCALE if scale is None else COLUMN_SCALE if scale.dim() == 1 else ROW_SCALE

@@ -7,6 +7,7 @@ from ._extension import build_info, has_extension
 from ._version import __version__
 from .calibrate import Calibration, calibrate
 from .checkpoints import LoadReport, load_checkpoint
+from .engine import CapturedModel, capture
 from .flops import MacCount, count_macs
 from .models import create_method, create_model, list_models
 from .nn import Method, Trace, VisionTransformer, ViTConfig, pack_weights, unpack_weights
@@ -18,6 +19,7 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 __all__ = [
     "Calibration",
+    "CapturedModel",
     "LoadReport",
     "MacCount",
     "Method",
@@ -29,6 +31,7 @@ __all__ = [
     "available_backends",
     "build_info",
     "calibrate",
+    "capture",
     "count_macs",
     "create_method",
     "create_model",

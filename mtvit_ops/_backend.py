@@ -40,12 +40,14 @@ def available_backends() -> dict[str, Availability]:
 
 @cache
 def _backends() -> dict[str, Availability]:
-    error = _extension.extension_error()
+    error, cuda_error = _extension.extension_error(), _extension.cuda_error()
     return {
         "reference": Availability(True, "plain PyTorch, every device"),
         "cpp": Availability(error is None, "native operators for the CPU" if error is None else error),
         "triton": _triton(),
-        "cuda": Availability(False, "its kernels are not part of this version"),
+        "cuda": Availability(
+            cuda_error is None, "native kernels for CUDA tensors" if cuda_error is None else cuda_error
+        ),
     }
 
 
@@ -90,6 +92,16 @@ def use_backend(name: str) -> Iterator[None]:
 def preferred_backend() -> str | None:
     """The backend asked for by ``use_backend`` or the environment; None: the fastest there is."""
     return _override.get() or _from_environment()
+
+
+def triton_serves(device_type: str) -> bool:
+    """Whether ops on tensors of this device go to Triton's kernels, where those take the arguments."""
+    if device_type == "cpu":  # slow: only for whoever asks
+        return triton_is_interpreted() and preferred_backend() == "triton"
+    if device_type != "cuda" or not _backends()["triton"].available:
+        return False
+    # a compiler cannot read the override; the ops themselves still follow it
+    return torch.compiler.is_compiling() or preferred_backend() in (None, "triton")
 
 
 @cache

@@ -72,7 +72,8 @@ def _count(model: VisionTransformer, images: Tensor) -> tuple[float, list[float]
 def register_flop_formulas() -> None:
     """Teach PyTorch's ``FlopCounterMode`` the ops of this package; ``count_macs`` does it by itself.
 
-    Attention and patch embedding are counted exactly, from the offsets and tails of the call, whose values are read.
+    Attention, ragged linear layers and patch embedding are counted exactly, from the offsets and tails of the call,
+    whose values are read.
     Done on request because PyTorch's counter imports Triton, which importing this package must not.
     """
     from torch.utils.flop_counter import register_flop_formula
@@ -83,6 +84,10 @@ def register_flop_formulas() -> None:
         (ops.varlen_attention, _varlen_attention_flops),
         (ops.varlen_attention_backward, _varlen_attention_backward_flops),
         (ops.class_attention, _class_attention_flops),
+        (ops.ragged_linear, _ragged_linear_flops),
+        (ops.ragged_linear_backward, _ragged_linear_backward_flops),
+        (ops.ragged_linear_residual, _ragged_linear_residual_flops),
+        (ops.ragged_linear_residual_, _ragged_linear_residual_flops),
         (ops.ragged_patch_embed, _ragged_patch_embed_flops),
     ):
         register_flop_formula(op, get_raw=True)(formula)
@@ -111,6 +116,30 @@ def _varlen_attention_backward_flops(
 
 def _class_attention_flops(q_class: Tensor, k: Tensor, cu_seqlens: Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * int(cu_seqlens[-1]) * k.shape[1] * k.shape[2]
+
+
+def _ragged_linear_flops(
+    a: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * int(cu_seqlens[-1]) * weight.numel()
+
+
+def _ragged_linear_backward_flops(
+    grad: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor,
+    gelu: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    # the gradients of a and weight, and what the GELU saw once more
+    return (6 if gelu else 4) * int(cu_seqlens[-1]) * weight.numel()
+
+
+def _ragged_linear_residual_flops(x: Tensor, rows: Tensor | None, *args: Any, **kwargs: Any) -> int:
+    return _ragged_linear_flops(*args[:4])
 
 
 def _ragged_patch_embed_flops(

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from model_cases import ALL, TINY, build, build_case, make_images
+from torch.utils.flop_counter import FlopCounterMode
 
-from mtvit_ops import MacCount, VisionTransformer, count_macs, create_model
+from mtvit_ops import MacCount, VisionTransformer, count_macs, create_model, ops
+from mtvit_ops.flops import register_flop_formulas
 from mtvit_ops.methods.mt_vit import tail_geometry
 
 CLOSE, TIGHT = 5e-3, 1e-3  # the specifications' own bounds: 0.5 %, and 0.1 % for MT-ViT's table
@@ -129,3 +131,20 @@ def test_bad_images() -> None:
         count_macs(model, make_images(0))
     with pytest.raises(ValueError, match="images must have shape"):
         count_macs(model, make_images(1, 32))
+
+
+@pytest.mark.parametrize("live", [0, 3, 5])
+def test_ragged_layers_cost_their_live_rows(live: int) -> None:
+    register_flop_formulas()
+    x, a, weight = torch.zeros(5, 6), torch.zeros(5, 8, requires_grad=True), torch.zeros(6, 8)
+    cu_seqlens = torch.tensor([0, live], dtype=torch.int32)
+    with FlopCounterMode(display=False) as forward:
+        out = ops.ragged_linear(a, weight, None, cu_seqlens, activation="gelu")
+        ops.ragged_linear_residual(x, None, a, weight, None, cu_seqlens)
+        with torch.no_grad():
+            ops.ragged_linear_residual_(x, None, a, weight, None, cu_seqlens)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    macs = live * 6 * 8
+    assert forward.get_total_flops() == 2 * 3 * macs
+    assert backward.get_total_flops() == 2 * 3 * macs  # gradients of a and weight, and the GELU's input again

@@ -179,7 +179,8 @@ def test_import_is_lean() -> None:
 
 def test_kernels_hide_no_other_package() -> None:
     spec = importlib.util.find_spec("kernels")
-    assert spec is None or Path(spec.origin).parent != ROOT / "kernels"
+    # without origin: tests/kernels as a namespace, which gives way to any real package
+    assert spec is None or spec.origin is None or Path(spec.origin).parent != ROOT / "kernels"
     assert importlib.util.find_spec("mtvit_ops.kernels") is not None
 
 
@@ -195,7 +196,9 @@ def test_public_ops_say_what_they_take(name: str) -> None:
         assert parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL), parameter
         assert parameter.annotation is not parameter.empty, parameter
     assert signature.return_annotation is not signature.empty
-    if name not in ("initial_halting_state", "scatter_residual_"):  # a constructor, and a twin that points to its other
+    # a constructor, and twins that point to their others
+    twins = "ragged_linear_residual_", "scatter_residual_", "scatter_residual_layer_norm_"
+    if name not in ("initial_halting_state", *twins):
         places = [function.__doc__.find(f"{word}:") for word in ("Args", "Returns", "Raises")]
         assert places[0] > 0
         assert places == sorted(places)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not _extension.has_extension(), reason=str(_exte
 native = torch.ops.mtvit_ops_cpp
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 FORCED = "MTVIT_OPS_ISA" in os.environ  # this run is a child of test_every_instruction_set
+FILES = ("test_native.py", "test_native_rows.py", "test_native_backward.py")
 
 
 def assert_as_good(got: Tensor, exact: Tensor, plain: Tensor, ulps: int = 4) -> None:
@@ -307,7 +308,7 @@ def test_pack_greedy():
 @pytest.mark.skipif(FORCED, reason="this run is one of its children")
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(level):
-    """All of both files again, under the levels that this run does not use."""
+    """All the native tests again, under the levels that this run does not use."""
     script = "from mtvit_ops import _extension; print(_extension.build_info()['isa'])"
     environment = os.environ | {"MTVIT_OPS_ISA": level}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
@@ -316,7 +317,7 @@ def test_every_instruction_set(level):
     assert run.stdout.split() == [level], run.stderr
     if level == _extension.build_info()["isa"]:
         return  # this run tests it
-    files = [str(Path(__file__).with_name(name)) for name in ("test_native.py", Path(__file__).name)]
+    files = [str(Path(__file__).with_name(name)) for name in FILES]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", *files]
     environment["OMP_NUM_THREADS"] = "1"  # a busy machine makes many short parallel regions slow
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from mtvit_ops import _backend, ops, use_backend
-from mtvit_ops._register import NAMESPACE, NATIVE_NAMESPACE
+from mtvit_ops import ops, use_backend
+from mtvit_ops._register import CUDA_NAMESPACE, NAMESPACE, NATIVE_NAMESPACE
 from mtvit_ops.testing import assert_equal, offsets, packed_qkv, random_tensor, value_and_gradients
 
 
@@ -53,6 +53,7 @@ def samples() -> dict[str, list[tuple]]:
     )
     steps = ([2, 4], [0, 0])
     select = (random_tensor(5), rows, cu_seqlens)
+    layer = (random_tensor(5, 8), random_tensor(6, 8), random_tensor(6), cu_seqlens)
     return {
         "varlen_attention": [
             (q.requires_grad_(), k, v.requires_grad_(), *span, draw(5, 2), 1),
@@ -68,11 +69,20 @@ def samples() -> dict[str, list[tuple]]:
         ],
         "gather_layer_norm": [(draw(6, 8), rows, draw(8), draw(8), 1e-6), (draw(6, 8), None, draw(8), draw(8), 1e-6)],
         "gather_layer_norm_backward": [(random_tensor(5, 8), random_tensor(6, 8), rows, torch.ones(8), *normed[1:])],
+        "gather_rows": [(draw(6, 8), rows)],
+        "gather_rows_backward": [(random_tensor(5, 8), rows, 6)],
         "scatter_residual": [(draw(6, 8), rows, draw(5, 8), draw(8)), (draw(6, 8), None, draw(6, 8), None)],
         "scatter_residual_": [(random_tensor(6, 8), rows, random_tensor(5, 8), torch.ones(5, 1))],
         "scatter_residual_backward": [
             (random_tensor(6, 8), rows, random_tensor(5, 8), random_tensor(8)),
             (random_tensor(6, 8), None, random_tensor(6, 8), None),
+        ],
+        "scatter_residual_layer_norm": [
+            (draw(6, 8), rows, draw(5, 8), draw(8), draw(8), 1e-6, draw(8)),
+            (draw(6, 8), None, draw(6, 8), draw(8), draw(8), 1e-6, None),
+        ],
+        "scatter_residual_layer_norm_": [
+            (random_tensor(6, 8), rows, random_tensor(5, 8), torch.ones(8), torch.ones(8), 1e-6, torch.ones(5, 1))
         ],
         "slow_fast_merge": [
             (draw(6, 8), draw(5), rows, cu_seqlens, 3, True),
@@ -97,9 +107,20 @@ def samples() -> dict[str, list[tuple]]:
             (*(random_tensor(6) for _ in range(3)), random_tensor(2, 4), random_tensor(6), random_tensor(6, 4), rows,
              cu_seqlens, readout, *sums[:2], *gate, True),
         ],
+        "ragged_linear": [
+            (draw(5, 8), draw(6, 8), draw(6), cu_seqlens, True),
+            (draw(5, 8), draw(6, 8), None, cu_seqlens, False),
+        ],
+        "ragged_linear_backward": [(random_tensor(5, 6), *layer, True), (random_tensor(5, 6), *layer, False)],
+        "ragged_linear_residual": [
+            (draw(6, 6), rows, draw(5, 8), draw(6, 8), draw(6), cu_seqlens, draw(6)),
+            (draw(6, 6), None, draw(5, 8), draw(6, 8), None, cu_seqlens, None),
+        ],
+        "ragged_linear_residual_": [(random_tensor(6, 6), rows, *layer, torch.ones(5, 1))],
         "ragged_patch_embed": [(draw(2, 2, 4, 4), *tails, *steps)],
         "ragged_patch_embed_backward": [
-            (random_tensor(10, 3), random_tensor(2, 2, 4, 4), *tree_map(detached, tails), *steps)
+            (random_tensor(10, 3), random_tensor(2, 2, 4, 4), *tree_map(detached, tails), *steps, wants_images)
+            for wants_images in (True, False)
         ],
     }  # fmt: skip
 
@@ -139,21 +160,44 @@ def test_strides_do_not_show(name: str) -> None:
                 assert tensor.is_contiguous()
 
 
-def test_native_ops_take_the_same_arguments() -> None:
-    reason = _backend.available_backends()["cpp"]
-    if not reason.available:
-        pytest.skip(f"backend cpp cannot serve: {reason.reason}")
+@pytest.mark.parametrize("name", [name for name in SAMPLED if not name.endswith("_")])
+def test_autocast_rounds_nothing_inside(name: str) -> None:
+    """What an op keeps in float32 stays there, whatever its reference multiplies with."""
+    op = getattr(torch.ops.mtvit_ops, name).default
+    for arguments in samples()[name]:
+        with use_backend("reference"):
+            wanted = tree_leaves(op(*arguments))
+            with torch.autocast("cpu", torch.bfloat16):
+                results = tree_leaves(op(*arguments))
+        for result, want in zip(results, wanted, strict=True):
+            assert_equal(name, result, want)
+
+
+NATIVE = {  # backend, namespace, some of its ops
+    "cpp": (NATIVE_NAMESPACE, {"varlen_attention", "token_select", "gather_layer_norm", "scatter_residual_"}),
+    "cuda": (CUDA_NAMESPACE, {"token_select", "halting_step", "gather_rows"}),
+}
+
+
+@pytest.mark.parametrize(("namespace", "some"), NATIVE.values(), ids=NATIVE)
+def test_native_ops_take_the_same_arguments(namespace: str, some: set[str]) -> None:
+    """As far as they were built: those for CUDA are there without a GPU, too."""
+    ours, native = registered(NAMESPACE), registered(namespace)
+    if not native:
+        pytest.skip(f"the native extension holds no {namespace}")
 
     def signature(schema: Any) -> list[tuple]:
         writes = [value.alias_info is not None and value.alias_info.is_write for value in schema.arguments]
         return [(value.name, str(value.type), writes[place]) for place, value in enumerate(schema.arguments)]
 
-    ours, native = registered(NAMESPACE), registered(NATIVE_NAMESPACE)
     shared = set(ours) & set(native)
-    assert shared >= {"varlen_attention", "token_select", "gather_layer_norm", "scatter_residual_"}
-    bounds = {"token_select": [("max_seqlen", "int", False)]}  # which the native kernel does not need
+    assert shared >= some
     for name in shared:
-        assert signature(native[name]) + bounds.get(name, []) == signature(ours[name]), name
+        # of the public operator's arguments, all but a bound that only Triton needs
+        wanted = [
+            argument for argument in signature(ours[name]) if name != "token_select" or argument[0] != "max_seqlen"
+        ]
+        assert signature(native[name]) == wanted, name
         assert [str(value.type) for value in native[name].returns] == [str(value.type) for value in ours[name].returns]
 
 
@@ -172,6 +216,17 @@ def step_in_place(x: Tensor, y: Tensor) -> Tensor:
         return ops.scatter_residual_(x.clone(), ROWS, y)
 
 
+def normed_in_place(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        x = x.clone()
+        return x, ops.scatter_residual_layer_norm_(x, ROWS, y, weight, bias)
+
+
+def layer_in_place(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+    with torch.no_grad():
+        return ops.ragged_linear_residual_(x.clone(), ROWS, a, weight, None, OFFSETS)
+
+
 ROWS, OFFSETS = int32(0, 2, 3, 5, -1), offsets((3, 1))
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {  # a call, and its tensors' shapes
     "varlen_attention": (
@@ -188,6 +243,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {  # a
         {"x": (6, 8), "y": (5, 8), "scale": (8,)},
     ),
     "scatter_residual_": (step_in_place, {"x": (6, 8), "y": (5, 8)}),
+    "scatter_residual_layer_norm": (
+        lambda x, y, weight, bias, scale: ops.scatter_residual_layer_norm(x, ROWS, y, weight, bias, scale=scale),
+        {"x": (6, 8), "y": (5, 8), "weight": (8,), "bias": (8,), "scale": (8,)},
+    ),
+    "scatter_residual_layer_norm_": (normed_in_place, {"x": (6, 8), "y": (5, 8), "weight": (8,), "bias": (8,)}),
     "slow_fast_merge": (
         lambda x, weights: ops.slow_fast_merge(x, weights, ROWS, OFFSETS, 3),
         {"x": (6, 8), "weights": (5,)},
@@ -201,6 +261,15 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {  # a
         halting,
         {"x": (6, 4), "cumulative": (6,), "remainder": (6,), "ponder": (6,), "output": (2, 4)},
     ),
+    "ragged_linear": (
+        lambda a, weight, bias: ops.ragged_linear(a, weight, bias, OFFSETS, activation="gelu"),
+        {"a": (5, 8), "weight": (6, 8), "bias": (6,)},
+    ),
+    "ragged_linear_residual": (
+        lambda x, a, weight, bias, scale: ops.ragged_linear_residual(x, ROWS, a, weight, bias, OFFSETS, scale),
+        {"x": (6, 6), "a": (5, 8), "weight": (6, 8), "bias": (6,), "scale": (6,)},
+    ),
+    "ragged_linear_residual_": (layer_in_place, {"x": (6, 6), "a": (5, 8), "weight": (6, 8)}),
     "ragged_patch_embed": (
         lambda images, prefix, w0, w1, b0, b1, p0, p1: ops.ragged_patch_embed(
             images, int32(1, 0), prefix, [w0, w1], [b0, b1], [p0, p1], [2, 4], [0, 0]

@@ -4,6 +4,7 @@
 // a time meet all keys: whole rows of logits stay in the cache, so that softmax needs no rescaling and each
 // probability is final when it is first seen. Every row's result is independent of the rows beside it.
 #pragma once
+#include "gemm.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -12,109 +13,6 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;
 constexpr double kLn2 = 0.693147180559945309;
-
-// c (MR, NV * W) = or += a (MR, depth) times a panel of b (depth, NV * W), all in registers.
-template <int MR, int NV>
-__attribute__((noinline)) void multiply_tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c,
-                                             int64_t ldc, bool add) {
-  Vec acc[MR][NV] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec bk[NV];
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) bk[j] = load(b + j * W);
-    b += NV * W;
-#pragma GCC unroll 12
-    for (int i = 0; i < MR; ++i) {
-      const Vec aik = splat(a[i * lda + k]);
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) acc[i][j] += aik * bk[j];
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) {
-      float* to = c + i * ldc + j * W;
-      store(to, add ? acc[i][j] + load(to) : acc[i][j]);
-    }
-  }
-}
-
-template <int NV, int MR = kRows>
-MTVIT_INLINE void multiply_rows(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c,
-                                int64_t ldc, bool add) {
-  if constexpr (MR > 1) {
-    if (rows < MR) return multiply_rows<NV, MR - 1>(rows, a, lda, b, depth, c, ldc, add);
-  }
-  multiply_tile<MR, NV>(a, lda, b, depth, c, ldc, add);
-}
-
-// c (rows, columns) = a (rows, depth) times b (depth, columns) in panels; columns is a multiple of W. Long sums are
-// made of sums of kDepth products: rounding errors then grow with the number of parts, not with the depth.
-void multiply(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
-              int64_t columns) {
-  constexpr int64_t kDepth = 256;
-  for (int64_t j = 0; j < columns; j += 2 * W) {
-    const bool wide = j + 2 * W <= columns;
-    const float* panel = b + j * depth;
-    int64_t k = 0;
-    do {
-      const int64_t part = depth - k < kDepth ? depth - k : kDepth;
-      if (wide) {
-        multiply_rows<2>(rows, a + k, lda, panel + k * 2 * W, part, c + j, ldc, k > 0);
-      } else {
-        multiply_rows<1>(rows, a + k, lda, panel + k * W, part, c + j, ldc, k > 0);
-      }
-      k += part;
-    } while (k < depth);
-  }
-}
-
-// k (nk, d) to panels of K^T: (d, panel width) each, zero past the last key.
-template <typename E>
-void pack_keys(const typename E::T* k, int64_t stride, int64_t nk, int64_t d, float* panels) {
-  const int64_t columns = round_up(nk, W);
-  for (int64_t first = 0; first < columns; first += W) {
-    const int64_t panel = first / (2 * W) * (2 * W);
-    const int64_t width = panel + 2 * W <= columns ? 2 * W : W;
-    float* to = panels + panel * d + (first - panel);
-    const int64_t keys = nk - first < W ? nk - first : W;
-    for (int64_t c = 0; c < d; c += W) {
-      const int64_t depth = d - c < W ? d - c : W;
-      const typename E::T* from = k + first * stride + c;
-      Vec block[W];
-      if (keys == W && depth == W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) block[i] = E::load(from + i * stride);
-      } else {
-        for (int i = 0; i < W; ++i) block[i] = i < keys ? load_part<E>(from + i * stride, depth) : Vec{};
-      }
-      transpose(block);
-      if (depth == W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store(to + (c + i) * width, block[i]);
-      } else {
-        for (int64_t i = 0; i < depth; ++i) store(to + (c + i) * width, block[i]);
-      }
-    }
-  }
-}
-
-// v (nk, dv) to panels: (nk, panel width) each, zero past the last column.
-template <typename E>
-void pack_values(const typename E::T* v, int64_t stride, int64_t nk, int64_t dv, float* panels) {
-  const int64_t columns = round_up(dv, W);
-  for (int64_t first = 0; first < columns; first += W) {
-    const int64_t panel = first / (2 * W) * (2 * W);
-    const int64_t width = panel + 2 * W <= columns ? 2 * W : W;
-    float* to = panels + panel * nk + (first - panel);
-    if (dv - first >= W) {
-      for (int64_t i = 0; i < nk; ++i) store(to + i * width, E::load(v + i * stride + first));
-    } else {
-      for (int64_t i = 0; i < nk; ++i) store(to + i * width, load_part<E>(v + i * stride + first, dv - first));
-    }
-  }
-}
 
 // Logits in base 2 (columns, a multiple of W) to unnormalised probabilities, in place. bias, with -inf past the last
 // key, may be null; then tail does the same for the last vector. Returns the sum; *top gets the greatest logit.
@@ -155,7 +53,9 @@ void attention_blocks(const AttentionTask& t) {
   float* logits = v_panels + round_up(nk * values, kMaxWidth);
   float* queries = logits + round_up(kRows * lds, kMaxWidth);
   float* result = queries + round_up(kRows * depth, kMaxWidth);
-  float* bias = t.bias ? result + round_up(kRows * values, kMaxWidth) : nullptr;
+  float* after = result + round_up(kRows * values, kMaxWidth);
+  float* bias = t.bias ? after : nullptr;
+  MTVIT_ASSERT(after + (t.bias ? columns : 0) <= t.scratch + scratch_floats(nk, d, dv));
 
   pack_keys<E>(static_cast<const T*>(t.k), t.k_stride, nk, d, k_panels);
   pack_values<E>(static_cast<const T*>(t.v), t.v_stride, nk, dv, v_panels);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "ops.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -27,6 +28,8 @@ const float* parameter(const char* name, const Tensor& given, const Tensor& x, s
   kernels().to_float32(check_dtype(name, t), t.data_ptr(), copy.data(), t.size(0));
   return copy.data();
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& tokens, std::optional<Tensor> rows,
                                                      const Tensor& weight, const Tensor& bias, double eps) {
@@ -66,7 +69,6 @@ std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& tokens, std::
   return {out, mean, rstd};
 }
 
-}  // namespace
 }  // namespace mtvit_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {

@@ -1,6 +1,7 @@
 // Compiled once per instruction set; MTVIT_OPS_ISA_<level> says which.
 #include "kernels.h"
 
+#include "attention_backward_tile.h"
 #include "attention_tile.h"
 #include "row_kernels.h"
 #include "simd.h"
@@ -18,6 +19,10 @@ namespace {
 
 void attention(const AttentionTask& t) {
   MTVIT_BY_DTYPE(t.dtype, attention_blocks, t);
+}
+
+void attention_backward(const AttentionBackwardTask& t) {
+  MTVIT_BY_DTYPE(t.dtype, attention_gradients, t);
 }
 
 void layer_norm(const LayerNormTask& t, int64_t begin, int64_t end) {
@@ -49,11 +54,13 @@ void exp2_array(const float* x, float* out, int64_t n) {
 }  // namespace
 
 #if defined(MTVIT_OPS_ISA_avx512)
-const Kernels kernels_avx512{"avx512", attention, layer_norm, scatter_residual, to_float32, exp2_array};
+const Kernels kernels_avx512{"avx512",         attention,  attention_backward, layer_norm,
+                             scatter_residual, to_float32, exp2_array};
 #elif defined(MTVIT_OPS_ISA_avx2)
-const Kernels kernels_avx2{"avx2", attention, layer_norm, scatter_residual, to_float32, exp2_array};
+const Kernels kernels_avx2{"avx2", attention, attention_backward, layer_norm, scatter_residual, to_float32, exp2_array};
 #else
-const Kernels kernels_portable{"portable", attention, layer_norm, scatter_residual, to_float32, exp2_array};
+const Kernels kernels_portable{"portable",       attention,  attention_backward, layer_norm,
+                               scatter_residual, to_float32, exp2_array};
 #endif
 
 }  // namespace mtvit_ops

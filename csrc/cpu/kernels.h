@@ -6,6 +6,19 @@
 
 namespace mtvit_ops {
 
+// What the operators guarantee their kernels; looked at in a debug build (MTVIT_OPS_DEBUG=1) only.
+#ifdef MTVIT_OPS_DEBUG
+#define MTVIT_ASSERT(condition)                                                                  \
+  do {                                                                                           \
+    if (!(condition)) {                                                                          \
+      __builtin_printf("mtvit_ops: %s does not hold (%s:%d)\n", #condition, __FILE__, __LINE__); \
+      __builtin_trap();                                                                          \
+    }                                                                                            \
+  } while (false)
+#else
+#define MTVIT_ASSERT(condition) static_cast<void>(0)
+#endif
+
 enum class Dtype : int { f32, bf16, f16 };
 
 inline constexpr int64_t kMaxWidth = 16;  // floats in the widest vector
@@ -44,6 +57,36 @@ constexpr int64_t scratch_floats(int64_t nk, int64_t d, int64_t dv) {
   return keys * depth + keys * values + kMaxRows * (keys + kMaxWidth + depth + values) + keys;
 }
 
+// One head of one image: gradients of q, k, v and of the bias. Strides in elements.
+struct AttentionBackwardTask {
+  Dtype dtype;
+  const void *grad_out, *q, *k, *v;  // (nq, dv), (nq, d), (nk, d), (nk, dv)
+  const float* lse;                  // (nq,)
+  const float* bias;                 // (nk,) or null
+  void *grad_q, *grad_k, *grad_v;    // (nq, d), (nk, d), (nk, dv)
+  float* grad_bias;                  // (nk,)
+  float* scratch;                    // backward_scratch_floats(nq, nk, d, dv) floats, 64-byte aligned
+  int64_t grad_out_stride, q_stride, k_stride, v_stride, lse_stride, bias_stride;
+  int64_t grad_q_stride, grad_k_stride, grad_v_stride, grad_bias_stride;
+  int64_t nq, nk, d, dv;  // nq > 0 and nk > 0
+  float scale;
+};
+
+// Queries whose probabilities are kept at once: some 64 thousand numbers, so that they stay in the cache.
+constexpr int64_t backward_block(int64_t nq, int64_t nk) {
+  const int64_t most = round_up(65536 / (nk + 1) + 1, kMaxRows);
+  return most < nq ? most : nq;
+}
+
+// K, K^T and V^T; of a block of queries q and grad_out, as they are and in panels, probabilities and their gradients,
+// and the gradient of q; the gradients of K and V; biases and their gradients.
+constexpr int64_t backward_scratch_floats(int64_t nq, int64_t nk, int64_t d, int64_t dv) {
+  const int64_t keys = round_up(nk, kMaxWidth), depth = round_up(d, kMaxWidth), values = round_up(dv, kMaxWidth);
+  const int64_t block = backward_block(nq, nk);
+  return keys * (2 * depth + values) + 2 * block * (depth + values) + 2 * block * (keys + kMaxWidth) + block * depth +
+         keys * (depth + values) + 2 * keys + 16 * kMaxWidth;
+}
+
 struct LayerNormTask {
   Dtype dtype;
   const void* x;               // (R, d), row stride x_stride
@@ -67,6 +110,7 @@ struct ScatterTask {
 struct Kernels {
   const char* name;
   void (*attention)(const AttentionTask&);
+  void (*attention_backward)(const AttentionBackwardTask&);
   void (*layer_norm)(const LayerNormTask&, int64_t begin, int64_t end);
   void (*scatter_residual)(const ScatterTask&, int64_t begin, int64_t end);
   void (*to_float32)(Dtype, const void* x, float* out, int64_t n);

@@ -34,7 +34,7 @@ void layer_norm_rows(const LayerNormTask& t, int64_t begin, int64_t end) {
     T* out = static_cast<T*>(t.out) + i * d;
     const int64_t row = t.rows ? t.rows[i] : i;
     if (row < 0) {
-      __builtin_memset(out, 0, sizeof(T) * d);
+      if (d > 0) __builtin_memset(out, 0, sizeof(T) * d);
       t.mean[i] = t.rstd[i] = 0.0f;
       continue;
     }

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "../checks.h"
+#include "ops.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -24,6 +25,8 @@ bool overlap(const Tensor& a, const Tensor& b) {
   const auto [b_first, b_end] = range(b);
   return a_first < b_end && b_first < a_end;
 }
+
+}  // namespace
 
 void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, std::optional<Tensor> scale) {
   check_dim("x", x, 2, "(R, D)");
@@ -62,7 +65,6 @@ void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, st
                               [&](int64_t begin, int64_t end) { native.scatter_residual(t, begin, end); });
 }
 
-}  // namespace
 }  // namespace mtvit_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {

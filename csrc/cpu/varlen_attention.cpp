@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "../checks.h"
+#include "attention.h"
+#include "ops.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -30,7 +32,8 @@ struct Item {
 };
 
 struct Problem {
-  Tensor q, k, v;
+  View q, k, v;
+  int64_t total_q, total_k;  // tokens
   const int32_t *cu_q, *cu_k;
   int64_t batch, heads, d, dv;
   Dtype dtype;
@@ -42,39 +45,6 @@ struct Problem {
 
 bool is_whole(const Problem& p, const Item& item) {
   return item.begin == 0 && item.end == num_blocks(p.nq(item.image));
-}
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float, Free>;
-
-Buffer allocate(int64_t floats) {
-  void* p = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(floats, 1), 16)) * sizeof(float));
-  if (p == nullptr) throw std::bad_alloc();
-  return Buffer(static_cast<float*>(p));
-}
-
-// Each thread keeps its scratch between calls up to 16 MiB, enough for 8192 keys of two 64-wide heads.
-float* thread_scratch(int64_t floats, Buffer& large) {
-  constexpr int64_t kKept = int64_t{4} << 20;
-  if (floats > kKept) {
-    large = allocate(floats);
-    return large.get();
-  }
-  thread_local Buffer kept;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    kept.reset();
-    size = 0;
-    kept = allocate(floats);
-    size = floats;
-  }
-  return kept.get();
-}
-
-Tensor dense_last(const Tensor& t) {
-  return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
 }
 
 // Whole heads where there are enough of them; else queries are split so that each thread has about three items.
@@ -126,8 +96,8 @@ void finish_means(const Problem& p, const Outputs& o, int64_t image, int64_t hea
 
 void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Item& item) {
   const int64_t b = item.image, h = item.head, first_q = p.cu_q[b], first_k = p.cu_k[b];
-  const auto at = [&](const Tensor& t, int64_t token) {
-    return static_cast<const char*>(t.data_ptr()) + (token * t.stride(0) + h * t.stride(1)) * p.element;
+  const auto at = [&](const View& t, int64_t token) {
+    return static_cast<const char*>(t.data) + (token * t.token + h * t.head) * static_cast<int64_t>(p.element);
   };
   AttentionTask t{};
   t.dtype = p.dtype;
@@ -143,9 +113,9 @@ void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Ite
   t.dv = p.dv;
   if (mode == kClass) t.class_row = o.scores + first_k * p.heads + h;
   if (mode == kMean) t.block_sums = o.sums + o.sums_of[b] + h * num_blocks(t.nq) * round_up(t.nk, kMaxWidth);
-  t.q_stride = p.q.stride(0);
-  t.k_stride = p.k.stride(0);
-  t.v_stride = p.v.stride(0);
+  t.q_stride = p.q.token;
+  t.k_stride = p.k.token;
+  t.v_stride = p.v.token;
   t.out_stride = p.heads * p.dv;
   t.lse_stride = t.class_stride = p.heads;
   t.bias_stride = o.bias_token;
@@ -172,58 +142,28 @@ void fill_rest(const Problem& p, const Outputs& o, Scores mode) {
     if (p.nk(b) == 0) no_keys(p.cu_q[b], p.cu_q[b + 1]);
     if (p.nq(b) == 0) no_queries(p.cu_k[b], p.cu_k[b + 1]);
   }
-  no_keys(p.cu_q[p.batch], p.q.size(0));
-  no_queries(p.cu_k[p.batch], p.k.size(0));
+  no_keys(p.cu_q[p.batch], p.total_q);
+  no_queries(p.cu_k[p.batch], p.total_k);
 }
 
-Problem check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
-              int64_t max_seqlen_q, int64_t max_seqlen_k) {
-  check_dim("q", q, 3, "(Tq, H, d)");
-  check_dim("k", k, 3, "(Tk, H, d)");
-  check_dim("v", v, 3, "(Tk, H, dv)");
-  MTVIT_CHECK(k.size(1) == q.size(1) && k.size(2) == q.size(2), "k must have shape (Tk, ", q.size(1), ", ", q.size(2),
-              "), got ", shape_of(k));
-  MTVIT_CHECK(v.size(0) == k.size(0) && v.size(1) == k.size(1), "v must have shape (", k.size(0), ", ", k.size(1),
-              ", dv), got ", shape_of(v));
-  const Dtype dtype = check_dtype("q", q);
-  MTVIT_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-              "q, k and v must have one dtype");
-  MTVIT_CHECK(cu_q.size(0) == cu_k.size(0), "cu_seqlens_k must have shape (", cu_q.size(0), ",), got ", shape_of(cu_k));
-  const int64_t batch = cu_q.size(0) - 1;
-  const int64_t longest_q = check_cu_seqlens("cu_seqlens_q", data<int32_t>(cu_q), batch, q.size(0));
-  const int64_t longest_k = check_cu_seqlens("cu_seqlens_k", data<int32_t>(cu_k), batch, k.size(0));
-  MTVIT_CHECK_VALUE(max_seqlen_q >= longest_q, "max_seqlen_q must be at least ", longest_q, ", got ", max_seqlen_q);
-  MTVIT_CHECK_VALUE(max_seqlen_k >= longest_k, "max_seqlen_k must be at least ", longest_k, ", got ", max_seqlen_k);
-  // a last stride other than 1 costs a copy
-  return {dense_last(q), dense_last(k), dense_last(v), data<int32_t>(cu_q), data<int32_t>(cu_k), batch, q.size(1),
-          q.size(2),     v.size(2),     dtype,         q.element_size()};
-}
-
-std::tuple<Tensor, Tensor, Tensor> varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                                    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-                                                    std::optional<Tensor> key_bias, int64_t scores) {
-  const Tensor cu_q = cu_seqlens_vector("cu_seqlens_q", cu_seqlens_q);
-  const Tensor cu_k = cu_seqlens_vector("cu_seqlens_k", cu_seqlens_k);
-  const Problem p = check(q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k);
+// The work itself; `like` gives dtype and device of the results.
+Attended attend(const Problem& p, const Tensor& like, double scale, const std::optional<Tensor>& key_bias,
+                int64_t scores) {
   MTVIT_CHECK(scores >= kNone && scores <= kMean, "scores must be 0, 1 or 2, got ", scores);
   const auto mode = static_cast<Scores>(scores);
   Outputs o{};
   o.native = &kernels();
   Tensor bias;  // kept alive as long as o.bias points into it
   if (key_bias) {
-    const int64_t dim = key_bias->dim();
-    MTVIT_CHECK((dim == 1 || (dim == 2 && key_bias->size(1) == p.heads)) && key_bias->size(0) == k.size(0),
-                "key_bias must have shape (", k.size(0), ",) or (", k.size(0), ", ", p.heads, "), got ",
-                shape_of(*key_bias));
+    check_key_bias(*key_bias, p.total_k, p.heads);
     bias = as_float32("key_bias", *key_bias);
     o.bias = data<float>(bias);
-    o.bias_token = dim == 2 ? p.heads : 1;
-    o.bias_head = dim == 2 ? 1 : 0;
+    o.bias_token = bias.dim() == 2 ? p.heads : 1;
+    o.bias_head = bias.dim() == 2 ? 1 : 0;
   }
-  Tensor out = torch::stable::new_empty(q, {q.size(0), p.heads, p.dv});
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), p.heads}, ScalarType::Float);
-  Tensor token_scores = torch::stable::new_empty(q, {mode == kNone ? 0 : k.size(0), p.heads}, ScalarType::Float);
+  Tensor out = torch::stable::new_empty(like, {p.total_q, p.heads, p.dv});
+  Tensor lse = torch::stable::new_empty(like, {p.total_q, p.heads}, ScalarType::Float);
+  Tensor token_scores = torch::stable::new_empty(like, {mode == kNone ? 0 : p.total_k, p.heads}, ScalarType::Float);
   o.out = mutable_data<char>(out);
   o.lse = mutable_data<float>(lse);
   o.scores = mutable_data<float>(token_scores);
@@ -256,7 +196,41 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention(const Tensor& q, const Tenso
   return {out, lse, token_scores};
 }
 
+Attended varlen_attention(const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& cu_seqlens_q,
+                          const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                          std::optional<Tensor> key_bias, int64_t scores) {
+  const Tensor cu_q = cu_seqlens_vector("cu_seqlens_q", cu_seqlens_q);
+  const Tensor cu_k = cu_seqlens_vector("cu_seqlens_k", cu_seqlens_k);
+  check_attention(queries, keys, values, cu_q, cu_k);
+  const Tensor q = dense_last(queries), k = dense_last(keys), v = dense_last(values);
+  const Problem p{
+      view(q),          view(k),   view(v),   q.size(0), k.size(0),           data<int32_t>(cu_q), data<int32_t>(cu_k),
+      cu_q.size(0) - 1, q.size(1), q.size(2), v.size(2), check_dtype("q", q), q.element_size()};
+  check_attention_offsets(p.cu_q, p.cu_k, p.batch, p.total_q, p.total_k, max_seqlen_q, max_seqlen_k);
+  return attend(p, q, scale, key_bias, scores);
+}
+
 }  // namespace
+
+Attended packed_attention(const Tensor& qkv, int64_t heads, const Tensor& cu_seqlens, int64_t max_seqlen, double scale,
+                          int64_t scores) {
+  const Tensor cu = cu_seqlens_vector("cu_seqlens", cu_seqlens);
+  check_dim("qkv", qkv, 2, "(T, 3 * H * d)");
+  const int64_t width = qkv.size(1) / 3;
+  MTVIT_CHECK(heads > 0 && width * 3 == qkv.size(1) && width % heads == 0, "qkv must have shape (T, 3 * ", heads,
+              " * d), got ", shape_of(qkv));
+  MTVIT_CHECK(qkv.is_contiguous(), "qkv must be contiguous");
+  const int64_t d = width / heads;
+  const auto element = static_cast<int64_t>(qkv.element_size());
+  const auto part = [&](int64_t index) { return View{data<char>(qkv) + index * width * element, qkv.size(1), d}; };
+  const auto* offsets = data<int32_t>(cu);
+  const Problem p{part(0),           part(1),        part(2), qkv.size(0), qkv.size(0), offsets,
+                  offsets,           cu.size(0) - 1, heads,   d,           d,           check_dtype("qkv", qkv),
+                  qkv.element_size()};
+  check_attention_offsets(p.cu_q, p.cu_k, p.batch, p.total_q, p.total_k, max_seqlen, max_seqlen);
+  return attend(p, qkv, scale, std::nullopt, scores);
+}
+
 }  // namespace mtvit_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {

@@ -59,6 +59,10 @@ class AViT(Method):
     cost_field = "gate_center"
     config: AViTConfig
 
+    @property
+    def counts_are_dynamic(self) -> bool:
+        return True
+
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, AViTState]:
         tokens = model.embed(images)
         readout_rows = tokens.cu_seqlens[:-1]

@@ -89,6 +89,10 @@ class Life(Method):
     cost_field = "keep_ratio"
     config: LifeConfig
 
+    @property
+    def counts_are_dynamic(self) -> bool:
+        return self.config.mode == "threshold"
+
     def attach(self, model: VisionTransformer) -> None:
         config, sizes = self.config, model.config
         num_tokens = 1 + sizes.num_patches

@@ -107,6 +107,10 @@ class MTViT(Method):
     cost_field = "cost_weight"
     config: MTViTConfig
 
+    @property
+    def counts_are_dynamic(self) -> bool:
+        return self.config.force_tail is None
+
     def attach(self, model: VisionTransformer) -> None:
         sizes, grids = model.config, self.config.grids
         if grids[-1] != sizes.grid_size:
@@ -181,7 +185,8 @@ class MTViT(Method):
 
 def choose_tail(logits: Tensor, relative_costs: tuple[float, ...], cost_weight: float) -> Tensor:
     """The best of score minus weighted cost for each image, (B, K) to (B,) int32; equals go to the cheaper tail."""
-    costs = torch.tensor(relative_costs, dtype=torch.float32, device=logits.device)
+    # filled on the device: a copy from the host would wait for it
+    costs = torch.cat([logits.new_full((1,), cost, dtype=torch.float32) for cost in relative_costs])
     # argmax takes the first of equals on no device by promise: the maximum of falling ranks does
     value = logits.float() - cost_weight * costs
     best = value == value.amax(dim=1, keepdim=True)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from .. import _backend
 from ..ops.gather_layer_norm import GATHER_LAYER_NORM
 from ..ops.scatter_residual import SCATTER_RESIDUAL, SCATTER_RESIDUAL_INPLACE
+from ..ops.scatter_residual_layer_norm import SCATTER_RESIDUAL_LAYER_NORM, SCATTER_RESIDUAL_LAYER_NORM_INPLACE
+from ..ops.varlen_attention import SCORES
 from ..ragged import RaggedTokens
+from . import ragged_block
 from .attention import Attention
+from .half_block import attention_half_, feed_forward_half_, is_plain_norm
 from .mlp import Mlp
 
 
@@ -31,7 +36,8 @@ class Block(nn.Module):
 
     def forward(self, tokens: RaggedTokens) -> RaggedTokens:
         """Both halves; the caller's tokens are left as they are."""
-        return self.feed_forward(self.attend(tokens)[0])
+        attended = self.attend(tokens)
+        return self.feed_forward(attended.tokens, normed=attended.normed)
 
     def attend(
         self,
@@ -40,17 +46,48 @@ class Block(nn.Module):
         key_bias: Tensor | None = None,
         scores: Literal["class", "mean"] | None = None,
         inplace: bool = False,
-    ) -> tuple[RaggedTokens, Tensor | None]:
-        """The attention half on the live tokens, and the scores (T, H) where asked for.
+        ragged: bool = False,
+    ) -> Attended:
+        """The attention half on the live tokens.
 
-        ``inplace`` writes into ``tokens.x``: for inference by whoever owns it.
+        ``inplace`` writes into ``tokens.x``: for inference by whoever owns it. ``ragged`` says that only the device
+        knows how many tokens live.
         """
-        y, received = self.attn(_normed(tokens, self.norm1), tokens.cu_seqlens, tokens.max_seqlen, key_bias, scores)
-        return _added(tokens, y, inplace), received
+        attn = self.attn
+        if inplace and key_bias is None and type(attn) is Attention:
+            given = attention_half_(self, tokens, SCORES[scores])
+            if given is not None:
+                return Attended(tokens, None if scores is None else given, None)
+        normed = _normed(tokens, self.norm1)
+        if ragged and type(attn) is Attention and ragged_block.serves(tokens, attn.qkv, attn.proj):
+            return Attended(*ragged_block.attend(self, tokens, normed, key_bias, scores, inplace), None)
+        y, received = attn(normed, tokens.cu_seqlens, tokens.max_seqlen, key_bias, scores)
+        if _backend.triton_serves(y.device.type) and y.dtype is tokens.x.dtype and is_plain_norm(self.norm2):
+            return _added_and_normed(tokens, y, self.norm2, inplace, received)
+        return Attended(_added(tokens, y, inplace), received, None)
 
-    def feed_forward(self, tokens: RaggedTokens, *, inplace: bool = False) -> RaggedTokens:
-        """The MLP half on the live tokens; ``inplace`` as in ``attend``."""
-        return _added(tokens, self.mlp(_normed(tokens, self.norm2)), inplace)
+    def feed_forward(
+        self, tokens: RaggedTokens, *, inplace: bool = False, ragged: bool = False, normed: Tensor | None = None
+    ) -> RaggedTokens:
+        """The MLP half on the live tokens; ``inplace`` and ``ragged`` as in ``attend``, whose ``normed`` saves work
+        where these are still the tokens it gave.
+        """
+        mlp = self.mlp
+        if inplace and type(mlp) is Mlp and feed_forward_half_(self, tokens):
+            return tokens
+        if normed is None:
+            normed = _normed(tokens, self.norm2)
+        if ragged and type(mlp) is Mlp and ragged_block.serves(tokens, mlp.fc1, mlp.fc2):
+            return ragged_block.feed_forward(self, tokens, normed, inplace)
+        return _added(tokens, mlp(normed), inplace)
+
+
+class Attended(NamedTuple):
+    """What the attention half leaves behind."""
+
+    tokens: RaggedTokens
+    scores: Tensor | None  # (T, H) where asked for
+    normed: Tensor | None  # (T, D): the MLP's layer norm of these very tokens, where it came with the residual
 
 
 # The operators themselves, not their doors: what is wrong here would have been wrong at the model's door.
@@ -60,6 +97,17 @@ def _normed(tokens: RaggedTokens, norm: nn.LayerNorm) -> Tensor:
     if tokens.rows is None:
         return norm(tokens.x)
     return GATHER_LAYER_NORM(tokens.x, tokens.rows, norm.weight, norm.bias, norm.eps)[0]
+
+
+def _added_and_normed(
+    tokens: RaggedTokens, y: Tensor, norm: nn.LayerNorm, inplace: bool, received: Tensor | None
+) -> Attended:
+    """The residual and the layer norm after it in one pass over the rows."""
+    arguments = tokens.x, tokens.rows, y, norm.weight, norm.bias, norm.eps, None
+    if inplace:
+        return Attended(tokens, received, SCATTER_RESIDUAL_LAYER_NORM_INPLACE(*arguments))
+    x, normed, _, _ = SCATTER_RESIDUAL_LAYER_NORM(*arguments)
+    return Attended(tokens._replace(x=x), received, normed)
 
 
 def _added(tokens: RaggedTokens, y: Tensor, inplace: bool) -> RaggedTokens:

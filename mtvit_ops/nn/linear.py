@@ -162,15 +162,17 @@ def _onednn_kernel() -> Callable[..., Tensor]:
     return torch.ops.mkldnn._linear_pointwise.default
 
 
-def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
+def onednn_serves(x: Tensor) -> bool:
+    """Whether oneDNN's kernel takes ``x``: for inference on the CPU, where nothing asks for another way."""
     if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if x.numel() == 0 or weight.numel() == 0:
+    if x.numel() == 0 or torch.is_autocast_enabled("cpu"):
         return False
-    dtype = x.dtype
-    if weight.dtype is not dtype or torch.is_autocast_enabled("cpu"):
-        return False
-    return dtype in _onednn_dtypes() and _backend.preferred_backend() != "reference"
+    return x.dtype in _onednn_dtypes() and _backend.preferred_backend() != "reference"
+
+
+def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
+    return weight.dtype is x.dtype and weight.numel() > 0 and onednn_serves(x)
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ragged import RaggedTokens
-from .block import Block
+from .block import Attended, Block
 from .vision_transformer import VisionTransformer
 
 
@@ -31,21 +31,25 @@ class MaskedBlock(nn.Module):
         key_bias: Tensor | None = None,
         scores: Literal["class", "mean"] | None = None,
         inplace: bool = False,
-    ) -> tuple[RaggedTokens, Tensor | None]:
+        ragged: bool = False,
+    ) -> Attended:
         if tokens.rows is None:
             return self.block.attend(tokens, key_bias=key_bias, scores=scores)
-        everyone, alive, rows = _everyone(tokens)
+        everyone, alive, rows, live = _everyone(tokens)
         bias = torch.zeros_like(alive, dtype=tokens.x.dtype).masked_fill(~alive, -torch.inf)
         if key_bias is not None:
-            bias = bias.index_add(0, rows, key_bias)
-        after, received = self.block.attend(everyone, key_bias=bias, scores=scores)
+            bias = bias.index_add(0, rows, key_bias.where(live, 0.0))
+        after, received, _ = self.block.attend(everyone, key_bias=bias, scores=scores)
         x = torch.where(alive[:, None], after.x, tokens.x)
-        return tokens._replace(x=x), None if received is None else received[rows]
+        kept = None if received is None else received[rows].where(live[:, None], 0.0)
+        return Attended(tokens._replace(x=x), kept, None)
 
-    def feed_forward(self, tokens: RaggedTokens, *, inplace: bool = False) -> RaggedTokens:
+    def feed_forward(
+        self, tokens: RaggedTokens, *, inplace: bool = False, ragged: bool = False, normed: Tensor | None = None
+    ) -> RaggedTokens:
         if tokens.rows is None:
-            return self.block.feed_forward(tokens)
-        everyone, alive, _ = _everyone(tokens)
+            return self.block.feed_forward(tokens, normed=normed)
+        everyone, alive, _, _ = _everyone(tokens)
         after = self.block.feed_forward(everyone)
         return tokens._replace(x=torch.where(alive[:, None], after.x, tokens.x))
 
@@ -64,12 +68,15 @@ def masked_twin(model: VisionTransformer) -> VisionTransformer:
     return twin
 
 
-def _everyone(tokens: RaggedTokens) -> tuple[RaggedTokens, Tensor, Tensor]:
-    """All rows as live, which of them really are (R,), and the live rows (T,)."""
+def _everyone(tokens: RaggedTokens) -> tuple[RaggedTokens, Tensor, Tensor, Tensor]:
+    """All rows as live, which of them really are (R,), the listed rows (T,), and which entries are live (T,)."""
     assert tokens.rows is not None
     num_rows, batch = tokens.x.shape[0], tokens.num_images
-    rows = tokens.rows.long()
-    alive = torch.zeros(num_rows, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
+    live = tokens.rows >= 0
+    # away from the CPU a list keeps its dead entries: they mark a row that is cut off
+    marked = tokens.rows.where(live, num_rows).long()
+    alive = torch.zeros(num_rows + 1, dtype=torch.bool, device=live.device).index_fill(0, marked, True)[:num_rows]
     length = num_rows // max(batch, 1)
-    offsets = torch.arange(batch + 1, dtype=torch.int32, device=rows.device) * length
-    return tokens._replace(rows=None, cu_seqlens=offsets, max_seqlen=length), alive, rows
+    offsets = torch.arange(batch + 1, dtype=torch.int32, device=live.device) * length
+    everyone = tokens._replace(rows=None, cu_seqlens=offsets, max_seqlen=length)
+    return everyone, alive, tokens.rows.clamp_min(0).long(), live

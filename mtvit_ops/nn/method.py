@@ -27,6 +27,11 @@ class Method(nn.Module):
         self.config = config
         self.model_config: ViTConfig | None = None  # of the models that it runs
 
+    @property
+    def counts_are_dynamic(self) -> bool:
+        """Whether only the data decides how many tokens live, so that on a GPU the host does not know."""
+        return False
+
     def attach(self, model: VisionTransformer) -> None:
         """Check the configuration against the model and create parameters; called by each model that it runs."""
 

@@ -117,6 +117,7 @@ class VisionTransformer(nn.Module):
         """
         self.check_images(images)
         method, inplace = self.method, not torch.is_grad_enabled()
+        ragged = method.counts_are_dynamic
         tokens, state = method.embed(self, images)
         first_rows = tokens.cu_seqlens[:-1].long()
         recorder = TraceRecorder() if return_trace else None
@@ -125,9 +126,11 @@ class VisionTransformer(nn.Module):
             if recorder is not None:
                 recorder.enter(tokens)
             scores = method.scores_at(index, return_trace)
-            tokens, received = block.attend(tokens, scores=scores, inplace=inplace)
-            tokens, state = method.after_attention(index, tokens, state, received)
-            tokens = block.feed_forward(tokens, inplace=inplace)
+            attended = block.attend(tokens, scores=scores, inplace=inplace, ragged=ragged)
+            tokens, state = method.after_attention(index, attended.tokens, state, attended.scores)
+            # a method may have dropped tokens, or written some
+            normed = attended.normed if tokens is attended.tokens else None
+            tokens = block.feed_forward(tokens, inplace=inplace, ragged=ragged, normed=normed)
             tokens, state = method.after_block(index, tokens, state)
             if recorder is not None:
                 recorder.leave(state)

@@ -82,6 +82,7 @@ CLASS_ATTENTION_BACKWARD = register_op(
         torch.empty_like(k, memory_format=torch.contiguous_format),
         torch.empty_like(probabilities),
     ),
+    triton="class_attention",
 )
 CLASS_ATTENTION = register_op(
     "class_attention",
@@ -93,6 +94,7 @@ CLASS_ATTENTION = register_op(
     value_checks=lambda q_class, k, cu_seqlens, max_seqlen, *_: check_offset_values(
         "cu_seqlens", cu_seqlens, k.shape[0], max_seqlen
     ),
+    triton="class_attention",
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -38,12 +38,16 @@ def gather_layer_norm(x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tens
     check_float("x", x, ("R", "D"))
     if rows is not None:
         check_rows("rows", rows, x)
-    check_tensor("weight", weight, (x.shape[1],), (x.dtype, torch.float32), x)
-    check_tensor("bias", bias, (x.shape[1],), weight.dtype, x)
-    check_real("eps", eps, 0.0, 1.0, open_low=True)
+    _check_affine(x, weight, bias, eps)
     if rows is None and weight.dtype == x.dtype:  # nothing to gather: PyTorch's own kernels, forward and backward
         return F.layer_norm(x, x.shape[1:], weight, bias, eps)
     return GATHER_LAYER_NORM(x, rows, weight, bias, eps)[0]
+
+
+def _check_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    check_tensor("weight", weight, (x.shape[1],), (x.dtype, torch.float32), x)
+    check_tensor("bias", bias, (x.shape[1],), weight.dtype, x)
+    check_real("eps", eps, 0.0, 1.0, open_low=True)
 
 
 def _fake(x: Tensor, rows: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +80,7 @@ GATHER_LAYER_NORM_BACKWARD = register_op(
         torch.empty_like(weight),
         torch.empty_like(weight),
     ),
+    triton="gather_layer_norm",
 )
 GATHER_LAYER_NORM = register_op(
     "gather_layer_norm",
@@ -85,6 +90,7 @@ GATHER_LAYER_NORM = register_op(
     value_checks=_value_checks,
     native=True,
     refuses=lambda x, *_: "the native kernel takes no float64" if x.dtype == torch.float64 else None,
+    triton="gather_layer_norm",
     setup_context=_setup_context,
     backward=_backward,
 )

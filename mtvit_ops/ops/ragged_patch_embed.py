@@ -43,8 +43,9 @@ def ragged_patch_embed(
         TypeError, ValueError: shapes, dtypes or devices that do not fit, a table whose length is not that of its tail's
             grid; on the CPU also a tail outside [0, K).
 
-    Gradients flow to images, prefix and every list; unused tails get zeros. Deterministic on the CPU. No device
-    synchronisation: away from the CPU the reference embeds every tail and keeps the chosen one.
+    Gradients flow to images, prefix and every list; unused tails get zeros. Deterministic, but for the reference away
+    from the CPU. No device synchronisation: Triton embeds each image with its own tail, and away from the CPU the
+    reference embeds every tail and keeps the chosen one.
 
     Equivalent PyTorch, for each image:
         ``cat((prefix, F.conv2d(image, weights[t], biases[t], strides[t], paddings[t]).flatten(1).T)) + pos_embeds[t]``.
@@ -98,10 +99,11 @@ def _backward(ctx: Any, grad: Tensor, grad_offsets: Tensor) -> tuple[Any, ...]:
     images, tails, prefix, *rest = ctx.saved_tensors
     count = len(rest) // 3
     lists = rest[:count], rest[count : 2 * count], rest[2 * count :]
-    grads = RAGGED_PATCH_EMBED_BACKWARD(grad, images, tails, prefix, *lists, *ctx.steps)
+    wants_images = ctx.needs_input_grad[0]  # training asks for the parameters' gradients alone
+    grads = RAGGED_PATCH_EMBED_BACKWARD(grad, images, tails, prefix, *lists, *ctx.steps, wants_images)
     grad_images, grad_prefix, grad_weights, grad_biases, grad_tables = grads
     # none for the tails, strides and paddings
-    return grad_images, None, grad_prefix, grad_weights, grad_biases, grad_tables, None, None
+    return grad_images if wants_images else None, None, grad_prefix, grad_weights, grad_biases, grad_tables, None, None
 
 
 _INPUTS = (
@@ -110,15 +112,16 @@ _INPUTS = (
 )
 RAGGED_PATCH_EMBED_BACKWARD = register_op(
     "ragged_patch_embed_backward",
-    f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
+    f"(Tensor grad, {_INPUTS}, bool wants_images) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
     reference=reference.ragged_patch_embed_backward,
-    fake=lambda grad, images, tails, prefix, weights, biases, tables, *_: (
-        torch.empty_like(images),
+    fake=lambda grad, images, tails, prefix, weights, biases, tables, strides, paddings, wants_images: (
+        torch.empty_like(images) if wants_images else images.new_empty(0),
         torch.empty_like(prefix),
         [torch.empty_like(weight) for weight in weights],
         [torch.empty_like(bias) for bias in biases],
         [torch.empty_like(table) for table in tables],
     ),
+    triton="ragged_patch_embed_backward",
 )
 RAGGED_PATCH_EMBED = register_op(
     "ragged_patch_embed",
@@ -126,6 +129,7 @@ RAGGED_PATCH_EMBED = register_op(
     reference=reference.ragged_patch_embed,
     fake=_fake,
     value_checks=_value_checks,
+    triton="ragged_patch_embed",
     setup_context=_setup_context,
     backward=_backward,
 )

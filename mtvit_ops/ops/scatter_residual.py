@@ -34,7 +34,7 @@ def scatter_residual(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor | 
 
     Equivalent PyTorch: ``x.index_add(0, rows, scale * y)``.
     """
-    _check(x, rows, y, scale)
+    _check_residual(x, rows, y, scale)
     if rows is None and scale is None:
         return x + y
     return SCATTER_RESIDUAL(x, rows, y, scale)
@@ -48,10 +48,8 @@ def scatter_residual_(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor |
 
     Equivalent PyTorch: ``x.index_add_(0, rows, scale * y)``.
     """
-    _check(x, rows, y, scale)
-    check_last_stride("x", x)
-    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
-        raise ValueError(f"x must have rows that do not overlap, got strides {tuple(x.stride())}")
+    _check_residual(x, rows, y, scale)
+    _check_target(x)
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or (scale is not None and scale.requires_grad)):
         raise RuntimeError("scatter_residual_ has no gradient, got tensors that require one: use scatter_residual")
     if rows is None and scale is None:
@@ -60,7 +58,7 @@ def scatter_residual_(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor |
     return x
 
 
-def _check(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor | None) -> None:
+def _check_residual(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor | None) -> None:
     check_float("x", x, ("R", "D"))
     if rows is not None:
         check_rows("rows", rows, x)
@@ -69,6 +67,12 @@ def _check(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor | None) -> N
     if scale is not None:
         shape = (x.shape[1],) if isinstance(scale, Tensor) and scale.dim() == 1 else (tokens, 1)
         check_tensor("scale", scale, shape, (x.dtype, torch.float32), x)
+
+
+def _check_target(x: Tensor) -> None:
+    check_last_stride("x", x)
+    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
+        raise ValueError(f"x must have rows that do not overlap, got strides {tuple(x.stride())}")
 
 
 def _value_checks(x: Tensor, rows: Tensor | None, *_: Any) -> None:

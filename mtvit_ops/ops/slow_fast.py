@@ -131,6 +131,7 @@ SLOW_FAST_MERGE_BACKWARD = register_op(
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(weights),
     ),
+    triton="slow_fast",
 )
 SLOW_FAST_MERGE = register_op(
     "slow_fast_merge",
@@ -138,6 +139,7 @@ SLOW_FAST_MERGE = register_op(
     reference=reference.slow_fast_merge,
     fake=lambda x, weights, rows, cu_seqlens, *_: x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1]),
     value_checks=lambda x, weights, rows, cu_seqlens, max_seqlen, _: _check_values(x, rows, cu_seqlens, max_seqlen),
+    triton="slow_fast",
     setup_context=_merge_context,
     backward=_merge_backward,
 )
@@ -146,6 +148,7 @@ SLOW_FAST_UPDATE_BACKWARD = register_op(
     f"(Tensor grad, {_LIST}) -> Tensor",
     reference=reference.slow_fast_update_backward,
     fake=lambda grad, rows, cu_seqlens, _: grad.new_empty(cu_seqlens.shape[0] - 1, grad.shape[1]),
+    triton="slow_fast",
 )
 SLOW_FAST_UPDATE = register_op(
     "slow_fast_update",
@@ -153,6 +156,7 @@ SLOW_FAST_UPDATE = register_op(
     reference=reference.slow_fast_update,
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     value_checks=lambda x, rows, cu_seqlens, max_seqlen, _: _check_values(x, rows, cu_seqlens, max_seqlen),
+    triton="slow_fast",
     setup_context=_update_context,
     backward=_update_backward,
 )

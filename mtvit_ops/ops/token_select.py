@@ -214,7 +214,11 @@ def _native(*args: Any) -> Any:
         longest = int(cu_seqlens.diff().max())
         if longest > max_seqlen:
             raise ValueError(f"max_seqlen must be at least the longest image, {longest}, got {max_seqlen}")
-    return torch.ops.mtvit_ops_cpp.token_select(*rest)
+    return torch.ops.mtvit_ops_cpp.token_select.default(*rest)
+
+
+def _cuda(*args: Any) -> Any:
+    return torch.ops.mtvit_ops_cuda.token_select.default(*args[:-1])
 
 
 TOKEN_SELECT = register_op(
@@ -228,4 +232,5 @@ TOKEN_SELECT = register_op(
     value_checks=_value_checks,
     native=_native,
     triton="token_select",
+    cuda=_cuda,
 )

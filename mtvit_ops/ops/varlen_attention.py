@@ -172,6 +172,15 @@ def _refuses(q: Tensor, *_: Any) -> str | None:
     return "the native kernel takes no float64" if q.dtype == torch.float64 else None
 
 
+def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
+    if q.dtype == torch.float64:
+        return "the Triton kernels take no float64"
+    widths = q.shape[2], v.shape[2]
+    if min(widths) < 1 or max(widths) > 128:
+        return f"the Triton kernel takes heads 1 to 128 wide, not {widths[0]} (values {widths[1]})"
+    return None
+
+
 _SIZES = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, Tensor? key_bias"
 )
@@ -186,6 +195,10 @@ VARLEN_ATTENTION_BACKWARD = register_op(
         torch.empty_like(v, memory_format=torch.contiguous_format),
         lse.new_empty(k.shape[0], k.shape[1]),
     ),
+    native=True,
+    refuses=_refuses,
+    triton="varlen_attention_backward",
+    triton_refuses=lambda grad_out, *rest: _triton_refuses(*rest),
 )
 VARLEN_ATTENTION = register_op(
     "varlen_attention",
@@ -195,6 +208,8 @@ VARLEN_ATTENTION = register_op(
     value_checks=_value_checks,
     native=True,
     refuses=_refuses,
+    triton="varlen_attention",
+    triton_refuses=_triton_refuses,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -18,7 +18,7 @@ def ragged_patch_embed(
     strides: list[int],
     paddings: list[int],
 ) -> tuple[Tensor, Tensor]:  # (B * longest, D) with zeros behind the live rows, (B + 1,)
-    lengths = torch.tensor([len(table) for table in pos_embeds], dtype=torch.int32, device=images.device)
+    lengths = _lengths(tails, pos_embeds)
     counts = lengths[tails.long()]
     cu_seqlens = F.pad(torch.cumsum(counts, 0), (1, 0)).to(torch.int32)
     num_prefix, longest = prefix.shape[0], max(len(table) for table in pos_embeds)
@@ -47,13 +47,15 @@ def ragged_patch_embed_backward(
     pos_embeds: list[Tensor],
     strides: list[int],
     paddings: list[int],
+    wants_images: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients of images, prefix, and the lists of weights, biases and position tables."""
+    """Gradients of images (empty unless wanted), prefix, and the lists of weights, biases and position tables."""
     num_prefix = prefix.shape[0]
-    lengths = torch.tensor([len(table) for table in pos_embeds], dtype=torch.int64, device=images.device)
+    lengths = _lengths(tails, pos_embeds)
     starts = F.pad(torch.cumsum(lengths[tails.long()], 0), (1, 0))
     source = torch.cat((grad, grad.new_zeros(1, grad.shape[1])))
-    grad_images, grad_prefix = torch.zeros_like(images), torch.zeros_like(prefix)
+    grad_images = torch.zeros_like(images) if wants_images else images.new_zeros(0)
+    grad_prefix = torch.zeros_like(prefix)
     grad_weights, grad_biases, grad_tables = [], [], []
     for tail, (weight, pos_embed) in enumerate(zip(weights, pos_embeds)):
         index = starts[:-1, None] + torch.arange(len(pos_embed), device=images.device)
@@ -62,9 +64,15 @@ def ragged_patch_embed_backward(
         step, pad = strides[tail], paddings[tail]
         grid = [(side + 2 * pad - kernel) // step + 1 for side, kernel in zip(images.shape[2:], weight.shape[2:])]
         patches = patches.reshape(*patches.shape[:2], *grid)
-        grad_images += conv2d_input(images.shape, weight, patches, step, pad)
+        if wants_images:
+            grad_images += conv2d_input(images.shape, weight, patches, step, pad)
         grad_weights.append(conv2d_weight(images, weight.shape, patches, step, pad))
         grad_biases.append(patches.sum(dim=(0, 2, 3)))
         grad_tables.append(tokens.sum(dim=0))
         grad_prefix += tokens[:, :num_prefix].sum(dim=0)
     return grad_images, grad_prefix, grad_weights, grad_biases, grad_tables
+
+
+def _lengths(tails: Tensor, pos_embeds: list[Tensor]) -> Tensor:
+    """Tokens of an image by tail, (K,) int32: filled on the device, since a copy from the host would wait for it."""
+    return torch.cat([tails.new_full((1,), len(table)) for table in pos_embeds])

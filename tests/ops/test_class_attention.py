@@ -47,6 +47,15 @@ CASES = {
     "removed-whole-image": Case((2, 4), bias="token", removed=(0, 1)),
     "scale": Case((7, 4), scale=1.5),
     "separate": Case((7, 4), strided=False),
+    "one-key": Case((1,), heads=1),
+    # around a power of two, to which the Triton kernel widens a row; a width that its slices do not divide
+    "row-edges": Case((15, 16, 17), dim=16),
+    "wide-head": Case((33, 300), heads=1, dim=100, bias="token"),
+    # rows on both sides of what it keeps in registers (1024): one launch, then two, with runs that hold no key
+    "longest-whole-row": Case((1024, 1023), heads=1, dim=20, bias="head"),
+    "row-in-two": Case((3, 1025), heads=2, dim=17, bias="token", removed=tuple(range(3, 1027))),
+    "row-in-three": Case((2049, 1024, 0), heads=1, dim=4, dead=1100, bias="token"),
+    "removed-long-row": Case((1030, 2), heads=1, dim=3, bias="token", removed=tuple(range(1030))),
 }
 
 
@@ -95,6 +104,21 @@ def test_probabilities_are_float32(backend: str, device: str, dtype: torch.dtype
     k = random_tensor(3, 2, 8, dtype=dtype, device=device)
     got = class_attention(k[:1], k, offsets((3,), device), 3)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_any_strides(backend: str, device: str) -> None:
+    """Queries, keys, bias and what comes back, each laid out the other way round."""
+    q_class, k, bias = (random_tensor(*shape, device=device) for shape in ((8, 3, 2), (8, 3, 9), (3, 9)))
+    grad = random_tensor(3, 9, device=device)
+    results = []
+    for contiguous in (True, False):
+        inputs = [tensor.permute(*range(tensor.dim())[::-1]) for tensor in (q_class, k, bias, grad)]
+        *leaves, incoming = (tensor.contiguous() if contiguous else tensor for tensor in inputs)
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        out = class_attention(*leaves[:2], offsets((4, 5), device), 5, key_bias=leaves[2])
+        results.append((out, *torch.autograd.grad(out, leaves, incoming)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)  # float32; the reference may add in another order
 
 
 def good() -> dict:

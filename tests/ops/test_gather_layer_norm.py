@@ -36,6 +36,17 @@ CASES = {
     "D=7": Case(6, live=3, dim=7),
     "D=100": Case(6, live=3, dim=100),
     "D=257": Case(6, live=3, dim=257),
+    "D=0": Case(6, live=3, dim=0),
+    # rows as wide as a tile of registers, and one column more
+    "D=1024": Case(6, live=3, dim=1024),
+    "D=1025": Case(6, live=3, dim=1025),
+    "D=4096": Case(4, live=2, dim=4096),
+    # rows a tile holds (8, and twice 4 in the gradient), one fewer, one more
+    "tile-1": Case(16, live=7, dim=384),
+    "tile": Case(16, live=8, dim=384),
+    "tile+1": Case(16, live=9, dim=384),
+    # partial sums of several programs, the last of which has less to do
+    "five-tiles": Case(80, live=70, dim=192, dead=4),
     "one-row": Case(1, live=1),
     "last-row-only": Case(6, rows=(5,)),
     "score-order": Case(6, rows=(4, 0, 5, 2)),
@@ -48,6 +59,7 @@ CASES = {
     "R=0-list": Case(0, live=0),
     "R=0-dead": Case(0, live=0, dead=2),
     "float32-affine": Case(8, live=4, float32_affine=True),
+    "float32-affine-all-rows": Case(8, float32_affine=True),
     "strided-x": Case(8, live=4, strided=True),
     "strided-x-all-rows": Case(8, strided=True),
     "large-eps": Case(8, live=4, eps=0.5),
@@ -90,14 +102,14 @@ def test_matches_layer_norm(case: Case, backend: str, device: str, dtype: torch.
 
 
 def test_any_strides(backend: str, device: str, dtype: torch.dtype) -> None:
-    """A turned ``x``, every other parameter: layouts that a kernel cannot read in place."""
+    """A turned ``x``, every other parameter and entry: layouts that a kernel may not read in place."""
     rows = torch.tensor([3, -1, 0], dtype=torch.int32, device=device)
     x = random_tensor(9, 5, dtype=dtype, device=device)
     weight, bias = random_tensor(9, dtype=dtype, device=device), random_tensor(9, dtype=dtype, device=device)
     wide = torch.stack((weight, torch.full_like(weight, math.nan)), dim=1)[:, 0]
     assert_equal(
         "out",
-        gather_layer_norm(x.T, rows, wide, bias.repeat_interleave(2)[::2]),
+        gather_layer_norm(x.T, rows.repeat_interleave(2)[::2], wide, bias.repeat_interleave(2)[::2]),
         gather_layer_norm(x.T.contiguous(), rows, weight, bias),
     )
 

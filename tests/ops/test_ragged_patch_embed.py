@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mtvit_ops.ops import ragged_patch_embed
-from mtvit_ops.testing import assert_matches_formula, offsets, random_tensor
+from mtvit_ops.testing import assert_equal, assert_matches_formula, offsets, random_tensor
 
 
 class Tail(NamedTuple):
@@ -30,6 +31,13 @@ class Case(NamedTuple):
     channels: int = 3
     prefix: int = 1
     dim: int = 10
+    strided: bool = False  # channels last, and every tensor a view into a larger one
+
+
+def shuffled(*counts: int) -> tuple[int, ...]:
+    """Each tail for as many images as its count, mixed."""
+    tails = [tail for tail, count in enumerate(counts) for _ in range(count)]
+    return tuple(random.Random(0).sample(tails, len(tails)))
 
 
 HALVES, THIRDS, OVERLAPPING = Tail(6, 6), Tail(4, 4), Tail(5, 3, 2)
@@ -50,13 +58,23 @@ CASES = {
     # grids that are not square; 2 x 8 patches could pass for 4 x 4
     "wide": Case((HALVES, THIRDS), (0, 1), width=24),
     "2x8-patches": Case((THIRDS,), (0, 0), height=8, width=32),
+    "strided": Case((HALVES, OVERLAPPING), (1, 0, 1), strided=True),
+    # tails with one token more, as many as and one less than a tile; more images than the plan sorts at once
+    "tile-edges": Case((Tail(2, 2), Tail(1, 1), Tail(2, 2)), shuffled(129, 32, 127), 2, 2, channels=1, prefix=0),
+    # patches enough for several spans of a weight's gradient, and some for none
+    "spans": Case((Tail(2, 2), THIRDS, HALVES), shuffled(9, 2, 0), 16, 16),
+    # several tiles of columns and of pixels, the last ones part empty
+    "wide-tiles": Case((Tail(7, 7), HALVES), (0, 1), 14, 14, dim=200),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_matches_conv2d(case: Case, backend: str, device: str, dtype: torch.dtype) -> None:
     def draw(*shape: int) -> Tensor:
-        return random_tensor(*shape, dtype=dtype, device=device)
+        if not case.strided:
+            return random_tensor(*shape, dtype=dtype, device=device)
+        larger = random_tensor(*(2 * size for size in shape[::-1]), dtype=dtype, device=device)
+        return larger[tuple(slice(size) for size in shape[::-1])].permute(*range(len(shape))[::-1])
 
     inputs = {
         "images": draw(len(case.chosen), case.channels, case.height, case.width),
@@ -68,6 +86,8 @@ def test_matches_conv2d(case: Case, backend: str, device: str, dtype: torch.dtyp
         high, wide = tail.grid(case.height, case.width)
         inputs[f"table{place}"] = draw(case.prefix + high * wide, case.dim)
     chosen = torch.tensor(case.chosen, dtype=torch.int32, device=device)
+    if case.strided:
+        chosen = chosen.repeat_interleave(2)[::2]
 
     def lists(tensors: dict[str, Tensor]) -> list[list[Tensor]]:
         return [[tensors[f"{kind}{place}"] for place in range(len(case.tails))] for kind in ("weight", "bias", "table")]
@@ -89,6 +109,27 @@ def test_matches_conv2d(case: Case, backend: str, device: str, dtype: torch.dtyp
         return torch.cat(packed), offsets(lengths, device)
 
     assert_matches_formula(op, formula, inputs)
+
+
+def test_parameters_alone_have_the_same_gradients(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Training does not pay for the gradient of the images."""
+    grads = []
+    for images_too in (True, False):
+        torch.manual_seed(0)
+        images, *parameters = (
+            random_tensor(*shape, dtype=dtype, device=device).requires_grad_()
+            for shape in ((2, 3, 8, 8), (1, 5), (5, 3, 4, 4), (5,), (5, 5))
+        )
+        prefix, weight, bias, table = parameters
+        chosen = torch.zeros(2, dtype=torch.int32, device=device)
+        x, _ = ragged_patch_embed(
+            images.requires_grad_(images_too), chosen, prefix, [weight], [bias], [table], [4], [0]
+        )
+        x.square().sum().backward()
+        assert (images.grad is not None) == images_too
+        grads.append([parameter.grad for parameter in parameters])
+    for got, want in zip(*grads, strict=True):
+        assert_equal("gradient", got, want)
 
 
 def good() -> dict:

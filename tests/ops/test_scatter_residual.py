@@ -21,7 +21,7 @@ class Case(NamedTuple):
     rows: tuple[int, ...] | None = None  # a list written out instead of drawn
     scale: str | None = None  # "layer": (D,), "token": (T, 1)
     float32_scale: bool = False
-    strided: bool = False  # x is the left half of a wider array, y every other row of one
+    strided: bool = False  # x is the left half of a wider array, y and rows every other entry of one
 
 
 CASES = {
@@ -60,6 +60,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor | N
         rows = torch.tensor(case.rows, dtype=torch.int32, device=device)
     elif case.live is not None:
         rows = random_rows(case.num_rows, case.live, case.dead, device)
+    if rows is not None and case.strided:
+        rows = rows.repeat_interleave(2)[::2]
     tokens = case.num_rows if rows is None else len(rows)
     step = 2 if case.strided else 1
     x = random_tensor(case.num_rows, step * case.dim, dtype=dtype, device=device)[:, : case.dim]
@@ -189,3 +191,13 @@ def test_y_may_lie_in_x(backend: str, device: str) -> None:
     expected[1:] += x[:3]
     scatter_residual_(x, rows, x[:3])
     assert torch.equal(x, expected)
+
+
+def test_list_may_be_strided(backend: str, device: str) -> None:
+    """Every other entry of a longer list; the others name rows too."""
+    rows = torch.tensor([0, 3, 2, 1], dtype=torch.int32, device=device)[::2]
+    x, y = torch.zeros(4, 3, device=device, requires_grad=True), torch.ones(2, 3, device=device)
+    out = scatter_residual(x, rows, y.requires_grad_())
+    assert out[:, 0].tolist() == [1.0, 0.0, 1.0, 0.0]
+    weights = torch.arange(12.0, device=device).reshape(4, 3)
+    assert_equal("gradient of y", torch.autograd.grad(out, y, weights)[0], weights[::2])

@@ -20,7 +20,7 @@ class Case(NamedTuple):
     dead: int = 0  # entries behind the last image: row -1 (or, without a list, NaN rows), NaN weights
     normalize: bool = True
     float32_weights: bool = False
-    strided: bool = False  # x is the left half of a wider array
+    strided: bool = False  # x is the left half of a wider array, rows and weights every other entry of longer ones
     slack: int = 0
 
 
@@ -44,7 +44,16 @@ CASES = {
     "B0-dead": Case((), num_rows=4, dead=3),
     "slack": Case((3, 4), num_rows=12, slack=5),
     "float32-weights": Case((3, 4), num_rows=12, float32_weights=True),
-    "strided-x": Case((3, 4), num_rows=12, strided=True),
+    "strided": Case((3, 4), num_rows=12, strided=True),
+    "strided-sums": Case((3, 4), num_rows=12, normalize=False, strided=True),
+    # one below, at and above a tile of rows; exactly one tile of columns
+    "row-tile-edges": Case((31, 32, 33), num_rows=110, dim=128),
+    # a second tile of columns, with one column
+    "two-column-tiles": Case((33, 5), num_rows=40, dim=129),
+    # several tiles of rows and of weights in one image
+    "long": Case((300, 257), num_rows=600, dim=5),
+    # rows too wide for one tile
+    "wide": Case((9, 3), num_rows=14, dim=1030),
 }
 
 
@@ -55,7 +64,13 @@ def make_list(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tens
     x = random_tensor(num_rows, 2 * case.dim if case.strided else case.dim, dtype=dtype, device=device)[:, : case.dim]
     if case.num_rows is None:
         return poison_behind(x, live), None
-    return x, random_rows(num_rows, live, case.dead, device)
+    rows = random_rows(num_rows, live, case.dead, device)
+    return x, every_other(rows) if case.strided else rows
+
+
+def every_other(values: Tensor) -> Tensor:
+    """The same values, not contiguous."""
+    return values.repeat_interleave(2)[::2]
 
 
 def listed(rows: Tensor | None, span: slice, device: str) -> Tensor:
@@ -72,6 +87,8 @@ def test_merge_matches_weighted_sums(case: Case, backend: str, device: str, dtyp
     tokens = len(x) if rows is None else len(rows)
     kept = torch.float32 if case.float32_weights and dtype != torch.float64 else dtype
     weights = poison_behind((torch.rand(tokens) + 0.1).to(device=device, dtype=kept), sum(case.lengths))
+    if case.strided:
+        weights = every_other(weights)
     cu_seqlens, longest = offsets(case.lengths, device), max(case.lengths, default=0) + case.slack
 
     def formula(x: Tensor, weights: Tensor) -> Tensor:

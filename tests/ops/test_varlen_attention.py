@@ -79,8 +79,42 @@ CASES = {
     "removed-whole-image": Case((3, 4), bias="token", removed=(0, 1, 2), scores="class"),
     "scale": Case((7, 4), scale=0.7),
     "scale-0": Case((7, 4), scale=0.0, scores="mean"),
+    "scale<0": Case((7, 4), scale=-0.7, scores="mean"),
     "separate": Case((7, 4), layout="separate"),
     "last-stride": Case((7, 4), layout="last-stride", scores="mean"),
+    # tiles of 32 and 64 tokens: one less, full, one more
+    "tile-edges": Case((31, 32, 33), keys=(63, 64, 65), heads=1, scores="class"),
+    # few programs, so that an image's queries are shared out and means are added up from several of them
+    "query-edges": Case((129, 64, 63), heads=1, scores="mean"),
+    "query-edges-class": Case((65,), keys=(130,), heads=1, bias="token", scores="class"),
+    # most of the longest image's room is empty: programs are numbered by tokens
+    "uneven": Case((1, 130, 0), heads=1, scores="mean"),
+    "uneven-slack": Case((1, 70, 2), heads=1, bias="token", scores="class", slack=200),
+    # all the keys that a row holds; with bias and mean, half of them are too many
+    "full-row": Case((3,), keys=(256,), heads=1, scores="mean"),
+    "bias-mean": Case((2, 3), keys=(150, 128), heads=1, bias="head", scores="mean"),
+    # more keys than a row holds: several tiles, the last one full, cut, or the image's only one
+    "many-keys": Case((70, 5, 1), keys=(320, 257, 3), heads=1, dim=16, scores="class"),
+    "many-keys-mean": Case((70, 0, 1), keys=(257, 320, 3), heads=1, dim=16, bias="token", scores="mean", dead=3),
+    "many-keys-removed": Case((2, 1), keys=(300, 64), bias="token", removed=tuple(range(130)), scores="class"),
+    "many-keys-no-query": Case((0, 2), keys=(300, 4), scores="class"),
+    # the widest heads that a kernel takes, and wider ones
+    "dim-128": Case((9, 40), heads=1, dim=128, bias="token", scores="mean"),
+    "dim-130": Case((5, 3), heads=1, dim=130, value_dim=6),
+    # more dead entries than the programs fill in one go
+    "much-capacity": Case((3,), dead=300, scores="class"),
+    # the Triton gradient's tiles of 32, 64, 128 and 256 keys: one below, at and above; widths that fill none
+    "tile-edges-gradient": Case((31, 32, 33), heads=1, dim=16),
+    "tile-edges-64": Case((63, 64, 65), heads=1, dim=20, value_dim=40, bias="head"),
+    "tile-edges-cross": Case((65, 1, 129), keys=(129, 128, 1), heads=1, dim=33, bias="token"),
+    "longest-one-pass": Case((3, 64), keys=(256, 255), heads=1, dim=8, bias="token", removed=(0, 100, 255)),
+    # too long for one pass over a whole row: two, with images that fill one tile, none, and a single key
+    "two-passes": Case((257, 1, 0, 64), heads=1, dim=24, bias="head", dead=70),
+    "two-passes-cross": Case(
+        (1, 65, 4), keys=(300, 0, 1), heads=2, dim=8, value_dim=20, bias="token", removed=(0, 299)
+    ),
+    "two-passes-wide": Case((130, 129), heads=1, dim=128),
+    "wider-than-128": Case((20, 70), heads=1, dim=160, value_dim=136, bias="token"),
 }
 
 
@@ -191,6 +225,21 @@ def test_scores_of_an_image_sum_to_one(scores: str, backend: str, device: str) -
     _, found = varlen_attention(q, k, v, offsets((4, 0, 7), device), 7, scores=scores)
     sums = torch.stack([found[:4].sum(dim=0), found[4:].sum(dim=0)])
     torch.testing.assert_close(sums, torch.ones(2, 3, device=device), atol=1e-6, rtol=0)  # 7 roundings of eps / 2
+
+
+@pytest.mark.parametrize("keys", [6, 300])  # the Triton gradient in one pass, and in two
+def test_gradient_of_any_strides(keys: int, backend: str, device: str) -> None:
+    """What ``sum`` and ``mean`` send back has strides of 0; a bias may be the column of something."""
+    q, k, v = (tensor.requires_grad_() for tensor in packed_qkv(keys, 2, 8, device=device))
+    bias = random_tensor(2, keys, device=device).T.requires_grad_()
+    wanted = (q, k, v, bias)
+    out = varlen_attention(q, k, v, offsets((keys,), device), keys, key_bias=bias)
+    expanded = torch.autograd.grad(out.sum(), wanted, retain_graph=True)
+    turned = torch.ones(8, 2, keys, device=device).permute(2, 1, 0)
+    for name, got, same in zip("qkvb", expanded, torch.autograd.grad(out, wanted, turned), strict=True):
+        assert got.abs().max() > 0
+        # float32 sums of a few hundred terms; strides may decide the order in which a kernel adds
+        torch.testing.assert_close(got, same, atol=1e-5, rtol=1e-5, msg=f"gradient of {name}")
 
 
 def good() -> dict:

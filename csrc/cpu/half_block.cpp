@@ -1,0 +1,70 @@
+// The two halves of a transformer block on the CPU, in place: what nn/block.py does with one operator each, in one
+// call.
+//   x (R, D), rows (T,) or none (T = R), cu_seqlens (B + 1,)
+//   attention_half_:    x[rows] += proj(attention(qkv(layer_norm(x[rows]))))
+//   feed_forward_half_: x[rows] += fc2(gelu(fc1(layer_norm(x[rows]))))
+// Nine operators dispatched from Python are serial time that a removed token does not shorten. Each step here is the
+// operator itself with its checks; weights may be packed by mkldnn::_reorder_linear_weight. T may be 0.
+#include <optional>
+#include <tuple>
+
+#include "../checks.h"
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace mtvit_ops {
+namespace {
+
+Tensor attention_half_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
+                       const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& qkv_weight,
+                       std::optional<Tensor> qkv_bias, int64_t heads, double scale, int64_t scores,
+                       const Tensor& proj_weight, std::optional<Tensor> proj_bias) {
+  const Tensor h = std::get<0>(gather_layer_norm(x, rows, norm_weight, norm_bias, eps));
+  const Tensor qkv = onednn_linear(h, qkv_weight, qkv_bias);
+  const auto [out, lse, received] = packed_attention(qkv, heads, cu_seqlens, max_seqlen, scale, scores);
+  const Tensor flat = torch::stable::view(out, {out.size(0), out.size(1) * out.size(2)});
+  scatter_residual_(x, rows, onednn_linear(flat, proj_weight, proj_bias), std::nullopt);
+  return received;
+}
+
+void feed_forward_half_(Tensor x, std::optional<Tensor> rows, const Tensor& norm_weight, const Tensor& norm_bias,
+                        double eps, const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
+                        std::optional<Tensor> fc2_bias) {
+  const Tensor h = std::get<0>(gather_layer_norm(x, rows, norm_weight, norm_bias, eps));
+  const Tensor hidden = onednn_linear(h, fc1_weight, fc1_bias, true);
+  scatter_residual_(x, rows, onednn_linear(hidden, fc2_weight, fc2_bias), std::nullopt);
+}
+
+std::string half_block_missing() {
+  return onednn_linear_missing();
+}
+
+}  // namespace
+}  // namespace mtvit_ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
+  m.def(
+      "attention_half_(Tensor(a!) x, Tensor? rows, Tensor cu_seqlens, int max_seqlen, Tensor norm_weight, "
+      "Tensor norm_bias, float eps, Tensor qkv_weight, Tensor? qkv_bias, int heads, float scale, int scores, "
+      "Tensor proj_weight, Tensor? proj_bias) -> Tensor scores");
+  m.def(
+      "feed_forward_half_(Tensor(a!) x, Tensor? rows, Tensor norm_weight, Tensor norm_bias, float eps, "
+      "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias) -> ()");
+  m.def("half_block_missing() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
+  m.impl("attention_half_", TORCH_BOX(&mtvit_ops::attention_half_));
+  m.impl("feed_forward_half_", TORCH_BOX(&mtvit_ops::feed_forward_half_));
+}
+
+// packed weights are tensors of this kind
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, MkldnnCPU, m) {
+  m.impl("attention_half_", TORCH_BOX(&mtvit_ops::attention_half_));
+  m.impl("feed_forward_half_", TORCH_BOX(&mtvit_ops::feed_forward_half_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CompositeExplicitAutograd, m) {
+  m.impl("half_block_missing", TORCH_BOX(&mtvit_ops::half_block_missing));
+}

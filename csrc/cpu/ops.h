@@ -1,0 +1,31 @@
+// Operators that other operators call: as their namesakes in Python, with the same checks.
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "../checks.h"
+
+namespace mtvit_ops {
+
+// out (T, D), mean (T,), rstd (T,)
+std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& tokens, std::optional<Tensor> rows,
+                                                     const Tensor& weight, const Tensor& bias, double eps);
+
+void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, std::optional<Tensor> scale);
+
+// out (T, H, d), lse (T, H), scores (T, H) or (0, H)
+using Attended = std::tuple<Tensor, Tensor, Tensor>;
+
+// varlen_attention of the three parts of qkv (T, 3 * H * d), contiguous.
+Attended packed_attention(const Tensor& qkv, int64_t heads, const Tensor& cu_seqlens, int64_t max_seqlen, double scale,
+                          int64_t scores);
+
+// x @ weight^T + bias, then erf-GELU on request, by PyTorch's oneDNN kernel; weight plain or packed.
+Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu = false);
+
+// Why this PyTorch has no such kernel; empty: it has.
+const std::string& onednn_linear_missing();
+
+}  // namespace mtvit_ops

@@ -1,0 +1,96 @@
+"""The two halves of a block as one native operator each: Python is left twice a block instead of nine times."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .. import _backend, _extension
+from .._register import native_operator
+from ..ragged import RaggedTokens
+from .linear import PackedLinear, onednn_serves
+
+if TYPE_CHECKING:
+    from .block import Block
+
+
+class _Halves(NamedTuple):
+    attention: Callable[..., Tensor]
+    feed_forward: Callable[..., None]
+
+
+def attention_half_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor | None:
+    """``x[rows] += proj(attention(qkv(norm1(x[rows]))))`` and the scores, (T, H) or (0, H).
+
+    None: it cannot serve here, and nothing was done.
+    """
+    attn, norm, x = block.attn, block.norm1, tokens.x
+    halves = _halves_for(x)
+    if halves is None or not (is_plain(attn) and is_plain_norm(norm)):
+        return None
+    qkv, proj = _weights(x, attn.qkv), _weights(x, attn.proj)
+    if qkv is None or proj is None:
+        return None
+    return halves.attention(
+        *(x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, norm.weight, norm.bias, norm.eps),
+        *(*qkv, attn.num_heads, attn.scale, scores, *proj),
+    )
+
+
+def feed_forward_half_(block: Block, tokens: RaggedTokens) -> bool:
+    """``x[rows] += fc2(gelu(fc1(norm2(x[rows]))))``; False: it cannot serve here, and nothing was done."""
+    mlp, norm, x = block.mlp, block.norm2, tokens.x
+    halves = _halves_for(x)
+    if halves is None or not (is_plain(mlp) and is_plain_norm(norm)):
+        return False
+    fc1, fc2 = _weights(x, mlp.fc1), _weights(x, mlp.fc2)
+    if fc1 is None or fc2 is None:
+        return False
+    halves.feed_forward(x, tokens.rows, norm.weight, norm.bias, norm.eps, *fc1, *fc2)
+    return True
+
+
+@cache
+def _native_halves() -> _Halves | None:
+    if not _extension.has_extension():
+        return None  # said elsewhere
+    missing = native_operator("half_block_missing")()
+    if missing:
+        _backend.say_once(logging.INFO, f"blocks run as single operators on the CPU, since {missing}")
+        return None
+    return _Halves(native_operator("attention_half_"), native_operator("feed_forward_half_"))
+
+
+def _halves_for(x: Tensor) -> _Halves | None:
+    if not (onednn_serves(x) and _backend.preferred_backend() in (None, "cpp")):
+        return None
+    # whoever watches operators or modules wants to see each
+    if torch._C._len_torch_dispatch_stack() or torch_module._has_any_global_hook():
+        return None
+    return _native_halves()
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module's class alone says what it computes."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and is_plain(norm)
+
+
+def _weights(x: Tensor, layer: nn.Module) -> tuple[Any, Any] | None:
+    """Weight, packed where the layer packs it, and bias; None: the layer must run itself."""
+    packs = type(layer) is PackedLinear
+    if not ((packs or type(layer) is nn.Linear) and is_plain(layer)):
+        return None
+    weight, bias = layer.weight, layer.bias
+    if type(weight) is not nn.Parameter or weight.dtype is not x.dtype or weight.numel() == 0:
+        return None
+    return (layer.packed_weight(weight) if packs else weight), bias  # type: ignore[operator]

@@ -1,0 +1,190 @@
+"""A half block as one native operator: the same bits as its single operators, and only where nobody looks between."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mtvit_ops
+from mtvit_ops import _backend, pack_weights
+from mtvit_ops.nn import Block, half_block
+from mtvit_ops.nn.linear import _onednn_dtypes
+from mtvit_ops.ops.varlen_attention import SCORES
+from mtvit_ops.ragged import RaggedTokens
+from mtvit_ops.testing import assert_equal, offsets
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# name: rows of x; live rows, None for all; lengths of the images; dead entries behind the live rows
+CASES = {
+    "all-rows": (12, None, (7, 5), 0),
+    "half": (12, (0, 2, 3, 7, 11), (3, 2), 0),
+    "dead": (12, (0, 2, 3, 7, 11), (3, 2), 4),
+    "empty-image": (12, (0, 2, 3), (0, 3, 0), 0),
+    "slack": (12, None, (4, 5), 0),
+    "one-token": (1, None, (1,), 0),
+    "nobody-alive": (12, (), (0, 0), 3),
+}
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_operators() -> Iterator[None]:
+    if not mtvit_ops.available_backends()["cpp"].available or half_block._native_halves() is None:
+        pytest.skip("there are no native half blocks here")
+    if _backend.preferred_backend() not in (None, "cpp"):
+        pytest.skip(f"{_backend.preferred_backend()} is asked for")
+    with torch.no_grad():
+        yield
+
+
+def make_block(dtype: torch.dtype = torch.float32, packed: bool = False) -> Block:
+    block = Block(24, 3).to(dtype)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    if packed:
+        pack_weights(block)
+    return block.eval()
+
+
+def make_tokens(case: str = "half", dtype: torch.dtype = torch.float32) -> RaggedTokens:
+    num_rows, live, lengths, dead = CASES[case]
+    rows = None if live is None else torch.tensor((*live, *[-1] * dead), dtype=torch.int32)
+    return RaggedTokens(torch.randn(num_rows, 24).to(dtype), rows, offsets(lengths), 12, 1)
+
+
+def copied(tokens: RaggedTokens) -> RaggedTokens:
+    return tokens._replace(x=tokens.x.clone())
+
+
+def attends(block: Block, tokens: RaggedTokens) -> bool:
+    return half_block.attention_half_(block, copied(tokens), 0) is not None
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits(case: str, scores: str | None, dtype: torch.dtype, packed: bool) -> None:
+    block, tokens = make_block(dtype, packed), make_tokens(case, dtype)
+    whole = copied(tokens)
+    attended, expected, _ = block.attend(copied(tokens), scores=scores)
+    received = half_block.attention_half_(block, whole, SCORES[scores])
+    if dtype not in _onednn_dtypes():
+        assert received is None
+        return
+    assert received is not None
+    close = dict(rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(whole.x, attended.x, **close)  # without rows PyTorch's own LayerNorm serves there
+    if tokens.rows is not None:
+        assert_equal("x after attention", whole.x, attended.x)
+    if scores is not None:
+        torch.testing.assert_close(received, expected, rtol=1e-2 if dtype is not torch.float32 else 1e-5, atol=1e-5)
+    before = copied(whole)
+    fed = block.feed_forward(before)
+    assert half_block.feed_forward_half_(block, whole)
+    torch.testing.assert_close(whole.x, fed.x, **close)
+    if tokens.rows is not None:
+        assert_equal("x after the MLP", whole.x, fed.x)
+
+
+def test_a_model_in_place_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = half_block._native_halves()
+    counted = half_block._Halves(
+        lambda *args: (calls.append("attention"), real.attention(*args))[1],
+        lambda *args: (calls.append("feed_forward"), real.feed_forward(*args))[1],
+    )
+    monkeypatch.setattr(half_block, "_native_halves", lambda: counted)
+    model = mtvit_ops.create_model("evovit_tiny_patch16_224", img_size=64, depth=3).eval()
+    model(torch.randn(2, 3, 64, 64))
+    assert calls == ["attention", "feed_forward"] * 3
+
+
+def test_unlisted_rows_are_left_alone() -> None:
+    tokens = make_tokens("half")
+    before = tokens.x.clone()
+    block = make_block()
+    assert half_block.attention_half_(block, tokens, 0) is not None
+    assert half_block.feed_forward_half_(block, tokens)
+    unlisted = [row for row in range(12) if row not in CASES["half"][1]]
+    assert_equal("unlisted rows", tokens.x[unlisted], before[unlisted])
+    assert not torch.equal(tokens.x, before)
+
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class OtherNorm(nn.LayerNorm):
+    pass
+
+
+def hooked(block: Block, layer: nn.Module) -> Block:
+    layer.register_forward_hook(lambda *_: None)
+    return block
+
+
+def changed(change) -> Block:
+    block = make_block()
+    change(block)
+    return block
+
+
+REFUSED = {
+    "hook on qkv": lambda: changed(lambda block: hooked(block, block.attn.qkv)),
+    "hook on the attention": lambda: changed(lambda block: hooked(block, block.attn)),
+    "hook on norm1": lambda: changed(lambda block: hooked(block, block.norm1)),
+    "its own forward": lambda: changed(lambda block: setattr(block.attn, "forward", lambda *_: None)),
+    "another norm": lambda: changed(lambda block: setattr(block, "norm1", OtherNorm(24))),
+    "a norm without weights": lambda: changed(
+        lambda block: setattr(block, "norm1", nn.LayerNorm(24, elementwise_affine=False))
+    ),
+    "another linear": lambda: changed(lambda block: setattr(block.attn, "qkv", nn.Sequential(block.attn.qkv))),
+    "another dtype": lambda: changed(lambda block: block.attn.proj.to(torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
+def test_what_is_not_plain_runs_itself(make) -> None:
+    assert not attends(make(), make_tokens())
+
+
+def test_whoever_watches_sees_single_operators() -> None:
+    block, tokens = make_block(), make_tokens()
+    assert attends(block, tokens)
+    with Watch():
+        assert not attends(block, tokens)
+    with _backend.use_backend("reference"):
+        assert not attends(block, tokens)
+    with torch.autocast("cpu"):
+        assert not attends(block, tokens)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert not attends(block, tokens)
+    finally:
+        handle.remove()
+    with torch.enable_grad():
+        assert not attends(block, tokens)
+
+
+def test_changed_weights_are_seen() -> None:
+    block, tokens = make_block(packed=True), make_tokens()
+    assert attends(block, tokens)  # has packed by now
+    block.attn.qkv.weight.mul_(3)
+    plain = copied(tokens)
+    expected, *_ = copy.deepcopy(block).attend(plain)
+    got, *_ = block.attend(copied(tokens), inplace=True)
+    torch.testing.assert_close(got.x, expected.x)
+
+
+def test_bad_offsets_are_refused_in_words() -> None:
+    tokens = make_tokens("half")._replace(cu_seqlens=offsets((3, 9)))
+    before = tokens.x.clone()
+    with pytest.raises(ValueError, match="attention_half_: cu_seqlens_q must end at 5 or before, got 12"):
+        half_block.attention_half_(make_block(), tokens, 0)
+    assert_equal("x after the refusal", tokens.x, before)

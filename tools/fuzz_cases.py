@@ -1,0 +1,309 @@
+"""One drawn call of one native operator: it raises in words, or agrees with the reference."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import mtvit_ops
+from mtvit_ops.reference import (
+    gather_layer_norm,
+    scatter_residual,
+    token_select,
+    varlen_attention,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ODD_DTYPES = (torch.float64, torch.int32, torch.int64, torch.bool)
+REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
+# a wrong element is off by its own size; rounding in half dtypes by less than this share of the largest value
+ROUGHLY = {torch.float32: 1e-3, torch.bfloat16: 0.06, torch.float16: 0.02}
+
+if not mtvit_ops.available_backends()["cpp"].available:
+    raise SystemExit(mtvit_ops.available_backends()["cpp"].reason)
+native = torch.ops.mtvit_ops_cpp
+
+
+class Draw:
+    """Random arguments; ``bad`` says how often something is drawn that does not fit."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        torch.manual_seed(seed & 0x7FFFFFFF)
+        self.bad = self.random.choice((0.0, 0.0, 0.15))
+        self.dtype = self.random.choice(DTYPES)
+
+    def spoilt(self) -> bool:
+        return self.random.random() < self.bad
+
+    def size(self, most: int = 40) -> int:
+        return self.random.choice((0, 1, 2, self.random.randint(0, most), self.random.randint(0, most)))
+
+    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Values of a normal distribution, in one of many memory layouts."""
+        dtype = dtype or self.dtype
+        if self.spoilt():
+            dtype = self.random.choice(DTYPES + ODD_DTYPES)
+        if self.spoilt():
+            shape = tuple(max(0, size + self.random.choice((-1, 0, 1))) for size in shape)
+        if self.spoilt():
+            shape = shape[1:] if self.random.random() < 0.5 else (*shape, 2)
+        layout = self.random.randrange(5)
+        if layout == 1:  # every other row
+            made = torch.randn(*(2 * size if place == 0 else size for place, size in enumerate(shape)))[::2]
+        elif layout == 2 and shape:  # the left part of wider rows
+            made = torch.randn(*shape[:-1], shape[-1] + 3)[..., : shape[-1]]
+        elif layout == 3:  # turned
+            made = torch.randn(*reversed(shape)).permute(*reversed(range(len(shape))))
+        elif layout == 4 and shape and self.random.random() < 0.3:  # one row, many times
+            made = torch.randn(1, *shape[1:]).expand(*shape)
+        else:
+            made = torch.randn(*shape)
+        return made.to(dtype)
+
+    def offsets(self, batch: int, total: int) -> Tensor:
+        """From 0, never falling, ending at ``total`` or before; or not."""
+        inner = sorted(self.random.randint(0, total) for _ in range(batch))
+        values = [0, *inner][: batch + 1]
+        if self.spoilt():
+            place = self.random.randrange(len(values))
+            values[place] = self.random.choice((-1, total + 1, 2**31 - 1, -(2**31), self.random.randint(-5, total + 5)))
+        if self.spoilt():
+            values = values[:-1]
+        made = torch.tensor(values, dtype=torch.int64 if self.spoilt() else torch.int32)
+        return made.repeat_interleave(2)[::2] if self.random.random() < 0.2 else made
+
+    def rows(self, count: int, num_rows: int) -> Tensor:
+        """Different rows in ascending order, some entries dead; or not."""
+        count = min(count, num_rows)
+        values = sorted(self.random.sample(range(num_rows), count)) + [-1] * self.random.choice((0, 0, 3))
+        if self.spoilt() and values:
+            values[self.random.randrange(len(values))] = self.random.choice((-2, num_rows, 2**31 - 1, -(2**31)))
+        return torch.tensor(values, dtype=torch.int64 if self.spoilt() else torch.int32)
+
+    def longest(self, offsets: Tensor) -> int:
+        found = int(offsets.diff().max()) if len(offsets) > 1 else 0
+        return (
+            max(0, found + self.random.choice((0, 0, 5))) if not self.spoilt() else self.random.choice((-1, found - 1))
+        )
+
+    def maybe(self, make: Callable[[], Any]) -> Any:
+        return make() if self.random.random() < 0.5 else None
+
+
+def attention_arguments(draw: Draw) -> tuple[Any, ...]:
+    batch, heads, d = draw.size(5), draw.size(4), draw.size(70)
+    dv = d if draw.random.random() < 0.6 else draw.size(70)
+    nq, nk = draw.size(90), draw.size(90)
+    same = draw.random.random() < 0.5
+    if same and dv == d:
+        q, k, v = (
+            draw.tensor(nq, 3, heads, d).unbind(1) if draw.bad == 0 else (draw.tensor(nq, heads, d) for _ in "qkv")
+        )
+    else:
+        nk = nq if same else nk
+        q, k, v = draw.tensor(nq, heads, d), draw.tensor(nk, heads, d), draw.tensor(nk, heads, dv)
+    cu_q = draw.offsets(batch, len(q) if q.dim() else 0)
+    cu_k = cu_q if same else draw.offsets(batch, nk)
+    keys = k.shape[0] if k.dim() else 0
+    bias = draw.maybe(lambda: draw.tensor(keys) if draw.random.random() < 0.5 else draw.tensor(keys, heads))
+    if bias is not None and bias.numel() and bias.is_floating_point() and draw.random.random() < 0.3:
+        bias = bias.clone()
+        bias.reshape(-1)[draw.random.randrange(bias.numel())] = -torch.inf
+    return q, k, v, cu_q, cu_k, draw.longest(cu_q), draw.longest(cu_k), draw.random.choice((0.0, 0.125, 1.0)), bias
+
+
+def case_varlen_attention(draw: Draw) -> tuple[Any, Any]:
+    args = (*attention_arguments(draw), draw.random.choice((0, 1, 2, 3 if draw.spoilt() else 0)))
+    return native.varlen_attention(*args), lambda: varlen_attention.varlen_attention(*args)
+
+
+def case_varlen_attention_backward(draw: Draw) -> tuple[Any, Any]:
+    q, k, v, *rest = attention_arguments(draw)
+    out, lse, _ = native.varlen_attention(q, k, v, *rest, 0)
+    grad = draw.tensor(*out.shape)
+    args = (grad, q, k, v, out, lse if not draw.spoilt() else draw.tensor(*lse.shape), *rest)
+    got = native.varlen_attention_backward(*args)
+    # with another lse it only must not fail
+    return got, (lambda: varlen_attention.varlen_attention_backward(*args)) if args[5] is lse else None
+
+
+def case_gather_layer_norm(draw: Draw) -> tuple[Any, Any]:
+    num_rows, d = draw.size(), draw.size(100)
+    rows = draw.maybe(lambda: draw.rows(draw.size(), num_rows))
+    affine = draw.dtype if draw.random.random() < 0.5 else torch.float32
+    args = draw.tensor(num_rows, d), rows, draw.tensor(d, dtype=affine), draw.tensor(d, dtype=affine), 1e-6
+    got = native.gather_layer_norm(*args)
+    # rows without a channel have no statistics
+    kept = slice(None) if got[0].shape[-1] else slice(1)
+    return got[kept], lambda: gather_layer_norm.gather_layer_norm(*args)[kept]
+
+
+def case_scatter_residual(draw: Draw) -> tuple[Any, Any]:
+    num_rows, d = draw.size(), draw.size(100)
+    rows = draw.maybe(lambda: draw.rows(draw.size(), num_rows))
+    tokens = num_rows if rows is None else len(rows)
+    scale = draw.maybe(lambda: draw.tensor(d) if draw.random.random() < 0.5 else draw.tensor(tokens, 1))
+    x, y = draw.tensor(num_rows, d), draw.tensor(tokens, d)
+    if draw.random.random() < 0.1 and rows is not None and x.dim() == 2 and len(rows) <= len(x):
+        y = x[: len(rows)]  # lies in the memory being written
+    expected = scatter_residual.scatter_residual(x, rows, y, scale) if draw.bad == 0 else None
+    native.scatter_residual_(x, rows, y, scale)
+    return x, None if expected is None else (lambda: expected)
+
+
+def case_token_select(draw: Draw) -> tuple[Any, Any]:
+    batch, total = draw.size(6), draw.size(120)
+    cu = draw.offsets(batch, total)
+    lengths = cu.diff().tolist()
+    prefix = draw.random.choice((0, 1, 2)) if not draw.spoilt() else -1
+    scores = draw.tensor(total)
+    if scores.numel() and draw.random.random() < 0.5 and scores.is_floating_point():
+        scores = (scores * 2).round()  # ties
+        if draw.random.random() < 0.3:
+            scores.reshape(-1)[draw.random.randrange(scores.numel())] = torch.nan
+    rows = draw.maybe(lambda: torch.randperm(total).int())
+    rule = draw.random.randrange(4)
+    mask = counts = threshold = None
+    keep = -1
+    if rule == 0:
+        mask = torch.rand(total) < 0.5
+    elif rule == 1:
+        low = [min(max(prefix, 0), max(n, 0)) for n in lengths]
+        counts = torch.tensor([draw.random.randint(a, max(a, n)) for a, n in zip(low, lengths)], dtype=torch.int32)
+        if draw.spoilt() and len(counts):
+            counts[0] = draw.random.choice((-1, 2**31 - 1))
+    elif rule == 2:
+        threshold = draw.random.choice((-1.0, 0.0, 0.5))
+    else:
+        keep = draw.random.randint(0, max([0, *lengths]))
+    by_score, both = draw.random.random() < 0.5, draw.random.random() < 0.5
+    capacity = total if not draw.spoilt() else draw.random.choice((-1, 0, total - 1))
+    args = (scores, rows, cu, mask, counts, keep, threshold, prefix, by_score, capacity, both, total)
+    got = native.token_select(*args)
+    return got, lambda: token_select.token_select(*args, total)
+
+
+def case_halting_step(draw: Draw) -> tuple[Any, Any]:
+    batch, length, d = draw.size(4), 1 + draw.size(20), 1 + draw.size(20)
+    num_rows = batch * length
+    cu = torch.arange(batch + 1, dtype=torch.int32) * length if draw.bad == 0 else draw.offsets(batch, num_rows)
+    rows = draw.maybe(lambda: torch.arange(num_rows, dtype=torch.int32)) if draw.bad == 0 else draw.rows(5, num_rows)
+    state = [torch.rand(num_rows) for _ in range(3)]
+    readout = torch.arange(batch, dtype=torch.int32) * length if not draw.spoilt() else draw.rows(batch, num_rows)
+    counters, output = torch.zeros(num_rows, dtype=torch.int32), draw.tensor(len(readout), d, dtype=torch.float32)
+    args = (draw.tensor(num_rows, d), rows, cu, readout, *state, counters, output, 5.0, 30.0, 0.01)
+    native.halting_step(*args, draw.random.random() < 0.3)
+    return (), None  # its meaning has tables of its own; here it only must not fail
+
+
+def half_block_arguments(draw: Draw, *sizes: int) -> tuple[Tensor, ...]:
+    """Weight and bias of two linear layers, small enough that sums do not leave the dtype."""
+    first, middle, between, last = sizes
+    return tuple(
+        draw.tensor(*shape) * 0.2 for shape in ((middle, first), (middle,), (last, between), (last,))
+    )  # fmt: skip
+
+
+def case_feed_forward_half(draw: Draw) -> tuple[Any, Any]:
+    num_rows, d, hidden = 1 + draw.size(), 1 + draw.size(60), 1 + draw.size(60)
+    rows = draw.maybe(lambda: draw.rows(draw.size(), num_rows))
+    x, norm_weight, norm_bias = draw.tensor(num_rows, d).clone(), draw.tensor(d), draw.tensor(d)
+    fc1, bias1, fc2, bias2 = half_block_arguments(draw, d, hidden, hidden, d)
+    before = x.clone()
+    native.feed_forward_half_(x, rows, norm_weight, norm_bias, 1e-6, fc1, bias1, fc2, bias2)
+
+    def expected() -> Tensor:
+        h = gather_layer_norm.gather_layer_norm(before, rows, norm_weight, norm_bias, 1e-6)[0]
+        y = F.linear(F.gelu(F.linear(h, fc1, bias1)), fc2, bias2)
+        return scatter_residual.scatter_residual(before, rows, y, None)
+
+    return x, expected
+
+
+def case_attention_half(draw: Draw) -> tuple[Any, Any]:
+    heads, per_head = 1 + draw.size(3), 1 + draw.size(30)
+    num_rows, d = 1 + draw.size(), heads * per_head
+    rows = draw.maybe(lambda: torch.arange(0, num_rows, 2, dtype=torch.int32))
+    tokens = num_rows if rows is None else len(rows)
+    cu = draw.offsets(draw.size(4), tokens)
+    x, norm_weight, norm_bias = draw.tensor(num_rows, d).clone(), draw.tensor(d), draw.tensor(d)
+    qkv, qkv_bias, proj, proj_bias = half_block_arguments(draw, d, 3 * d, d, d)
+    before, scores, longest = x.clone(), draw.random.choice((0, 1, 2)), draw.longest(cu)
+    received = native.attention_half_(
+        x, rows, cu, longest, norm_weight, norm_bias, 1e-6, qkv, qkv_bias, heads, 0.25, scores, proj, proj_bias
+    )
+
+    def expected() -> tuple[Tensor, Tensor]:
+        h = gather_layer_norm.gather_layer_norm(before, rows, norm_weight, norm_bias, 1e-6)[0]
+        q, k, v = F.linear(h, qkv, qkv_bias).reshape(tokens, 3, heads, per_head).unbind(1)
+        out, _, per_key = varlen_attention.varlen_attention(q, k, v, cu, cu, longest, longest, 0.25, None, scores)
+        y = F.linear(out.reshape(tokens, d), proj, proj_bias)
+        return scatter_residual.scatter_residual(before, rows, y, None), per_key
+
+    return (x, received), expected
+
+
+CASES = {
+    "varlen_attention": case_varlen_attention,
+    "varlen_attention_backward": case_varlen_attention_backward,
+    "gather_layer_norm": case_gather_layer_norm,
+    "scatter_residual_": case_scatter_residual,
+    "token_select": case_token_select,
+    "halting_step": case_halting_step,
+    "attention_half_": case_attention_half,
+    "feed_forward_half_": case_feed_forward_half,
+}
+
+
+def run(seed: int, say: Callable[[str], Any] = lambda _: None) -> str:
+    """Draw and run one case; returns the operator and what came of it."""
+    draw = Draw(seed)
+    name = draw.random.choice(list(CASES))
+    say(f"{name}, dtype {draw.dtype}, bad {draw.bad}")
+    try:
+        got, expected = CASES[name](draw)
+    except REFUSALS as error:
+        say(f"refused: {str(error).splitlines()[0]}")
+        if draw.bad == 0 and not _is_expected(str(error)):
+            raise
+        return f"{name} refused"
+    if expected is None:
+        return f"{name} ran"
+    try:
+        wanted = expected()
+    except REFUSALS as error:  # the reference may refuse what the kernel can do
+        say(f"the reference refused: {error}")
+        return f"{name} ran"
+    for place, (g, w) in enumerate(zip(_tuple(got), _tuple(wanted))):
+        _compare(f"{name}, result {place}", g, w)
+    return f"{name} agreed"
+
+
+def _is_expected(message: str) -> bool:
+    """What good draws may run into: a layout that cannot be written, a count no image has, a dtype the CPU lacks."""
+    parts = ("must not overlap", "contiguous in its last", "keep must lie in", "oneDNN linear refused")
+    return any(part in message for part in parts)
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _compare(name: str, got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape, f"{name}: expected shape {tuple(want.shape)}, got {tuple(got.shape)}"
+    assert got.dtype == want.dtype, f"{name}: expected {want.dtype}, got {got.dtype}"
+    if not want.is_floating_point():
+        assert torch.equal(got, want), f"{name}: expected {want}, got {got}"
+        return
+    finite = want.isfinite()
+    if not finite.any():
+        return
+    size = max(want[finite].abs().max().item(), 1.0)
+    off = (got.double() - want.double())[finite].abs().max().item()
+    assert off <= ROUGHLY.get(got.dtype, 1e-3) * size, f"{name}: off by {off} where values reach {size}"

@@ -203,23 +203,31 @@ def class_attention() -> Iterator[Sample]:
 
 @launches
 def token_select() -> Iterator[Sample]:
-    for batch, tokens in ((64, 197), (3, 577), (3, 50)):
+    # every size of tile, and lists of which the host knows no bound
+    for batch, tokens, bounded in (
+        (64, 197, True),
+        (3, 50, True),
+        (3, 577, True),
+        (2, 1500, True),
+        (3, 4096, True),
+        (64, 197, False),
+    ):
         size, wide = Shape("", batch, tokens, 6), batch * tokens
-        scores, rows, offsets = torch.zeros(wide), size.rows(), size.offsets()
+        bound = tokens if bounded else wide
+        rows, offsets, text = size.rows(), size.offsets(), f"{batch} x {tokens}{'' if bounded else ' without bound'}"
         counts, mask = torch.full((batch,), 40, dtype=torch.int32), torch.zeros(wide, dtype=torch.bool)
-        ways = {
-            "keep": (scores, None, offsets, None, None, 40, None, 1, False, 40 * batch),
-            "keep by score": (scores, rows, offsets, None, None, 40, None, 1, True, 40 * batch),
-            "counts": (scores, rows, offsets, None, counts, -1, None, 1, False, wide),
-            "threshold": (scores, rows, offsets, None, None, -1, 0.5, 1, False, wide),
-            "mask": (None, rows, offsets, mask, None, -1, None, 1, False, wide),
-        }
-        for text, args in ways.items():
-            yield "token_select", f"{batch} x {tokens}, {text}", (*args, False, 0)
-        yield "token_select", f"{batch} x {tokens}, keep, dropped too", (*ways["keep"], True, wide - 40 * batch)
-        yield "token_select", f"{batch} x {tokens}, threshold, dropped too", (*ways["threshold"], True, wide)
-    half = (scores.bfloat16(), None, offsets, None, None, 40, None, 1, False, 40 * batch, False, 0)
-    yield "token_select", f"{batch} x {tokens}, keep, bfloat16", half
+        for dtype in (FLOAT32, BFLOAT16):
+            scores = torch.zeros(wide, dtype=dtype)
+            for rule, *given in (
+                ("keep", scores, None, offsets, None, None, 40, None),
+                ("counts", scores, rows, offsets, None, counts, -1, None),
+                ("threshold", scores, rows, offsets, None, None, -1, 0.5),
+                ("mask", scores, rows, offsets, mask, None, -1, None),
+            ):
+                for by_score, dropped in ((False, False), (False, True), (True, True)):
+                    rest = (1, by_score, wide, dropped, wide if dropped else 0, bound)
+                    case = f"{text}, {dtype}, {rule}, by score {by_score}, dropped {dropped}"
+                    yield "token_select", case, (*given, *rest)
 
 
 @launches

@@ -50,6 +50,9 @@ def batch_tile(images: int) -> int:
     return min(max(16, triton.next_power_of_2(images)), BATCH_TILE)
 
 
+LIST_TILE = 512  # entries or rows that halting_step takes at once: 4 for each thread of 4 warps
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
@@ -67,7 +70,7 @@ IMAGE_COLUMNS = 128  # whole cache lines in every dtype, and enough programs at 
 WHOLE_ROW_ELEMENTS = 8192  # one program an image: twice the loads in flight
 
 
-def image_tile(columns: int) -> tuple[int, int]:
+def image_column_tile(columns: int) -> tuple[int, int]:
     """Rows and columns of a tile for programs that take one image and some columns."""
     width = min(triton.next_power_of_2(max(columns, 1)), IMAGE_COLUMNS)
     return max(1, min(ROW_ELEMENTS // width, 128)), width

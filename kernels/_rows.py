@@ -1,4 +1,4 @@
-"""Helpers for row lists: where an image's entries go in the next list, and what stands behind the last of them."""
+"""Helpers for row lists: where entries go in the next one, what stands behind them, and which rows are listed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ def kept_counts(images, cu_seqlens_ptr, counts_ptr, count, num_images, ONE_COUNT
     inside = images < num_images
     first = tl.load(cu_seqlens_ptr + images, mask=inside, other=0)
     length = tl.load(cu_seqlens_ptr + images + 1, mask=inside, other=0) - first
-    if ONE_COUNT:
-        wanted = count
-    else:
+    wanted = count
+    if not ONE_COUNT:
         wanted = tl.load(counts_ptr + images, mask=inside, other=0)
     return tl.maximum(tl.minimum(wanted, length), 0)
 
@@ -53,3 +52,25 @@ def fill_behind(list_ptr, live, capacity, program, num_programs, BLOCK: tl.const
     for start in range(live + program * BLOCK, capacity, num_programs * BLOCK):
         at = start + tl.arange(0, BLOCK).to(tl.int64)
         tl.store(list_ptr + at, tl.full((BLOCK,), -1, tl.int32), mask=at < capacity)
+
+
+@triton.jit
+def is_listed(rows, inside, list_ptr, place_ptr, length):
+    """Whether a list of ``length`` entries names these rows, and where.
+
+    ``place_ptr`` (R,) says for listed rows which entry names them. It is never cleared and may hold anything for the
+    others: an entry counts if the list confirms it.
+    """
+    place = tl.load(place_ptr + rows, mask=inside, other=-1)
+    inside = inside & (place >= 0) & (place < length)
+    return inside & (tl.load(list_ptr + place, mask=inside, other=-1) == rows), place
+
+
+@triton.jit
+def is_alive(rows, inside, rows_ptr, place_ptr, live, HAS_ROWS: tl.constexpr):
+    """Whether these rows stand among the live entries."""
+    if HAS_ROWS:
+        alive, _ = is_listed(rows, inside, rows_ptr, place_ptr, live)
+    else:
+        alive = inside & (rows < live)
+    return alive

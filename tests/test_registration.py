@@ -193,7 +193,11 @@ def test_native_ops_take_the_same_arguments(namespace: str, some: set[str]) -> N
     shared = set(ours) & set(native)
     assert shared >= some
     for name in shared:
-        assert signature(native[name]) == signature(ours[name]), name
+        # of the public operator's arguments, all but a bound that only Triton needs
+        wanted = [
+            argument for argument in signature(ours[name]) if name != "token_select" or argument[0] != "max_seqlen"
+        ]
+        assert signature(native[name]) == wanted, name
         assert [str(value.type) for value in native[name].returns] == [str(value.type) for value in ours[name].returns]
 
 

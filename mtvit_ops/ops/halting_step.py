@@ -181,6 +181,7 @@ HALTING_STEP_BACKWARD = register_op(
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(grad_remainder),
     ),
+    triton="halting_step_backward",
 )
 HALTING_STEP = register_op(
     "halting_step",
@@ -192,9 +193,14 @@ HALTING_STEP = register_op(
     fake=_fake,
     value_checks=_value_checks,
     native=True,
+<<<<<<< HEAD
     refuses=_refuses,
     cuda=True,
     cuda_refuses=_refuses,
+=======
+    triton="halting_step",
+    refuses=lambda x, *_: "the native kernel takes no float64" if x.dtype == torch.float64 else None,
+>>>>>>> wt-select
     setup_context=_setup_context,
     backward=_backward,
 )

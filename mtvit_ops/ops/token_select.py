@@ -76,8 +76,8 @@ def token_select(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, none or several of keep, threshold and mask;
             on the CPU also bad offsets, a count beyond its image or below the prefix, a capacity or a max_seqlen too
-            small. On a GPU counts are clamped to the image, what exceeds the capacity is lost, and max_seqlen is not looked
-            at: below the longest image it leaves entries undefined.
+            small. On a GPU counts are clamped to the image, what exceeds the capacity is lost, and a max_seqlen below
+            the longest image leaves entries undefined.
 
     Integers: no gradient. Deterministic, with the tie rule above. No device synchronisation. Images may be empty, and
     may lose every token.

@@ -2,6 +2,7 @@
 # make test   set everything up, then the tests; Triton's kernels are interpreted on the CPU in a run of their own
 # make bench  set everything up, then the CPU benchmarks; BENCH=--smoke only proves that they run
 # make fuzz   set everything up, then the native operators under sanitizers with drawn arguments, SECONDS=600 long
+# make cuda   compile the CUDA kernels for every architecture, with NVIDIA's compiler from PyPI: no GPU, no CUDA toolkit
 # make lint   ruff, mypy, clang-format
 # make clean  remove the environment and everything built
 # Needs Python >= 3.10 (PYTHON=... picks one) and a C++ compiler.
@@ -11,13 +12,14 @@ SECONDS ?= 600
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+NATIVE := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/* tests/*.cpp)
+NVCC := build/nvcc
 
 # threads that wait asleep: on a shared machine, spinning ones slow everybody down, themselves included
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test bench fuzz lint clean setup
+.PHONY: demo test bench fuzz cuda lint clean setup
 setup: $(VENV)/.built
 
 demo: setup
@@ -25,13 +27,16 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest tests -q $(TESTS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/kernels -q -n 2 -k triton-cpu $(TESTS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/kernels tests/nn/test_triton_models.py -q -n 2 -k triton-cpu $(TESTS)
 
 bench: setup
 	OMP_WAIT_POLICY=active $(BIN)/python bench/run.py $(BENCH)
 
 fuzz: setup
 	$(BIN)/python tools/fuzz.py --seconds $(SECONDS)
+
+cuda: $(VENV)/.requirements $(NVCC)/.installed
+	$(BIN)/python tools/cuda_report.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -46,6 +51,11 @@ $(VENV)/.requirements: requirements-dev.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python >= 3.10 is needed, {sys.executable} is {v[0]}.{v[1]}: set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+$(NVCC)/.installed: $(VENV)/.requirements requirements-cuda.txt
+	$(PIP) install --quiet --upgrade --target $(NVCC) --requirement requirements-cuda.txt
+	ln -sfn lib $(NVCC)/nvidia/cu13/lib64 # where nvcc looks for what it links
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.requirements $(NATIVE)

@@ -29,9 +29,10 @@ def cases(batch: int, tokens: int, dim: int) -> dict[str, Callable[[], Any]]:
     weight, bias = torch.rand(dim), torch.rand(dim)
     state = initial_halting_state(everyone.x, offsets[:-1])
     target = everyone.x.clone()
+    select = {"keep": 1 + tokens // 2, "num_prefix_tokens": 1, "max_seqlen": tokens}
     gate = {"gate_scale": 10.0, "gate_center": 4.0}
     return {
-        "token_select": lambda: token_select(scores, None, offsets, keep=1 + tokens // 2, num_prefix_tokens=1),
+        "token_select": lambda: token_select(scores, None, offsets, **select),
         "gather_layer_norm": lambda: gather_layer_norm(everyone.x, half.rows, weight, bias),
         "scatter_residual_": lambda: scatter_residual_(target, half.rows, y),
         "halting_step": lambda: halting_step(everyone.x, None, offsets, offsets[:-1], state, **gate),

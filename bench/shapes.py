@@ -61,5 +61,7 @@ class FixedCounts(Method):
         keep: int | Tensor = counts[0]
         if len(set(counts)) > 1:
             keep = torch.tensor(counts, dtype=torch.int32, device=tokens.x.device)
-        selection = token_select(state, None, tokens.cu_seqlens, keep=keep, num_prefix_tokens=1)
+        selection = token_select(
+            state, None, tokens.cu_seqlens, keep=keep, num_prefix_tokens=1, max_seqlen=tokens.max_seqlen
+        )
         return tokens.select(selection, max(counts)).trimmed(), state

@@ -31,6 +31,7 @@ py::dict build_info() {
   info["isa_levels"] = split(MTVIT_OPS_ISA_LEVELS);
   info["cuda"] = bool(MTVIT_OPS_HAVE_CUDA);
   info["cuda_archs"] = split(MTVIT_OPS_CUDA_ARCHS);
+  info["cuda_compiler"] = MTVIT_OPS_CUDA_COMPILER;
   info["torch_version"] = MTVIT_OPS_TORCH_VERSION;
   return info;
 }

@@ -18,7 +18,7 @@ from ._launch import (
     PATCH_STAGES,
     PATCH_WARPS,
     dot_precision,
-    image_tile,
+    image_column_tile,
     on_device_of,
     patch_columns,
     patch_tile,
@@ -218,7 +218,7 @@ def _table_gradients(grad: Tensor, plan: Plan, lengths: list[int]) -> Tensor:
     """Those of all position tables, one behind another, in float32."""
     columns = grad.shape[1]
     out = grad.new_empty(sum(lengths), columns, dtype=torch.float32)
-    block_b, block_d = image_tile(columns)
+    block_b, block_d = image_column_tile(columns)
     with on_device_of(grad):
         tables_backward_kernel[(len(out), triton.cdiv(columns, block_d))](
             grad,

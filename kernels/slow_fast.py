@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import IMAGE_WARPS, image_row_tile, image_tile, on_device_of
+from ._launch import IMAGE_WARPS, image_row_tile, image_column_tile, on_device_of
 from ._math import rounded
 
 ONES, AS_THEY_ARE, NORMALIZED = 0, 1, 2  # how entries are weighted
@@ -233,7 +233,7 @@ def slow_fast_update(x: Tensor, rows: Tensor | None, cu_seqlens: Tensor, max_seq
     batch, columns = increment.shape
     if batch == 0 or out.numel() == 0:
         return out
-    block_t, block_d = image_tile(columns)
+    block_t, block_d = image_column_tile(columns)
     with on_device_of(x):
         update_kernel[(batch, triton.cdiv(columns, block_d))](
             out,
@@ -261,7 +261,7 @@ def _sums(x: Tensor, weights: Tensor | None, rows: Tensor | None, cu_seqlens: Te
     out = x.new_empty(batch, columns)
     if out.numel() == 0:
         return out
-    block_t, block_d = image_tile(columns)
+    block_t, block_d = image_column_tile(columns)
     with on_device_of(x):
         sum_kernel[(batch, triton.cdiv(columns, block_d))](
             x,

@@ -40,12 +40,14 @@ def available_backends() -> dict[str, Availability]:
 
 @cache
 def _backends() -> dict[str, Availability]:
-    error = _extension.extension_error()
+    error, cuda_error = _extension.extension_error(), _extension.cuda_error()
     return {
         "reference": Availability(True, "plain PyTorch, every device"),
         "cpp": Availability(error is None, "native operators for the CPU" if error is None else error),
         "triton": _triton(),
-        "cuda": Availability(False, "its kernels are not part of this version"),
+        "cuda": Availability(
+            cuda_error is None, "native kernels for CUDA tensors" if cuda_error is None else cuda_error
+        ),
     }
 
 

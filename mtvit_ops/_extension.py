@@ -34,6 +34,16 @@ def extension_error() -> str | None:
     return _load()
 
 
+def cuda_error() -> str | None:
+    """Why the operators ``torch.ops.mtvit_ops_cuda`` cannot serve, in words; None if they can."""
+    error = _load()
+    if error is not None:
+        return error
+    if not importlib.import_module("mtvit_ops._build").build_info()["cuda"]:
+        return "the native extension was built without CUDA (MTVIT_OPS_WITH_CUDA=1 builds it, where there is nvcc)"
+    return "this PyTorch is built without CUDA" if torch.version.cuda is None else None
+
+
 def build_info() -> dict[str, Any]:
     """What was built, with which compiler and flags, and which instruction set runs; without extension: why not."""
     error = _load()

@@ -14,6 +14,7 @@ from . import _backend, _extension
 
 NAMESPACE = "mtvit_ops"
 NATIVE_NAMESPACE = "mtvit_ops_cpp"
+CUDA_NAMESPACE = "mtvit_ops_cuda"
 VALUE_ERROR = "mtvit_ops value error: "  # how csrc/checks.h marks a bad value
 
 # holds the registrations for as long as the process lives
@@ -33,6 +34,8 @@ def register_op(
     refuses: Callable[..., str | None] | None = None,
     triton: str | None = None,
     triton_refuses: Callable[..., str | None] | None = None,
+    cuda: Kernel | bool = False,
+    cuda_refuses: Callable[..., str | None] | None = None,
     setup_context: Kernel | None = None,
     backward: Kernel | None = None,
 ) -> torch._ops.OpOverload:
@@ -49,24 +52,28 @@ def register_op(
         refuses: a reason why the native kernel cannot take these arguments, or None.
         triton: the file in ``kernels/`` whose function ``name`` takes the same arguments.
         triton_refuses: as ``refuses``; default: no float64.
+        cuda, cuda_refuses: as ``native`` and ``refuses``, for ``mtvit_ops_cuda::name``.
         setup_context, backward: as ``torch.library.register_autograd`` takes them; None: not differentiable.
     """
     reference, fake = _without_autocast(_with_plain_strides(reference)), _with_plain_strides(fake)
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    servers: dict[str, Server] = {}
+    on_cpu: dict[str, Server] = {}
+    on_cuda: dict[str, Server] = {}
     if native and _extension.has_extension():
-        servers["cpp"] = Server(_native(name, native) if callable(native) else native_operator(name), refuses)
-    kernel = None
+        on_cpu["cpp"] = Server(_native(name, native) if callable(native) else native_operator(name), refuses)
     if triton is not None and _backend.available_backends()["triton"].available:
-        kernel = Server(
+        server = Server(
             _without_autocast(_triton(triton, name)), triton_refuses or _takes_no_float64, checks_values=False
         )
+        on_cuda["triton"] = server
         if _backend.triton_is_interpreted():
-            servers["triton"] = kernel
-    _LIBRARY.impl(name, _dispatch(name, "CPU", servers, reference, value_checks), "CPU")
-    if kernel is not None:  # what values hold is not looked at: it would wait for the device
-        _LIBRARY.impl(name, _dispatch(name, "CUDA", {"triton": kernel}, reference, None), "CUDA")
+            on_cpu["triton"] = server
+    if cuda and _backend.available_backends()["cuda"].available:
+        on_cuda["cuda"] = Server(cuda if callable(cuda) else native_operator(name, CUDA_NAMESPACE), cuda_refuses)
+    _LIBRARY.impl(name, _dispatch(name, "CPU", on_cpu, reference, value_checks), "CPU")
+    if on_cuda:  # what values hold is not looked at: it would wait for the device
+        _LIBRARY.impl(name, _dispatch(name, "CUDA", on_cuda, reference, None), "CUDA")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:
@@ -82,7 +89,8 @@ class Server(NamedTuple):
     checks_values: bool = True  # on its own
 
 
-DEFAULTS = {"CPU": "cpp", "CUDA": "triton"}  # the fastest
+# the fastest first; Triton before CUDA C++ until a GPU has said otherwise
+DEFAULTS = {"CPU": ("cpp",), "CUDA": ("triton", "cuda")}
 
 
 def _dispatch(
@@ -92,21 +100,22 @@ def _dispatch(
 
     def run(*args: Any) -> Any:
         preferred = _backend.preferred_backend()
-        chosen = preferred or DEFAULTS[device]
-        server = servers.get(chosen)
-        if server is not None:
+        reasons = []
+        for asked in DEFAULTS[device] if preferred is None else (preferred,):
+            server = servers.get(asked)
+            if server is None:
+                known = asked in DEFAULTS[device]
+                reasons.append(f"{asked} has no kernel for it" if known else f"{asked} does not serve {device} tensors")
+                continue
             why = None if server.refuses is None else server.refuses(*args)
             if why is None:
                 if value_checks is not None and not server.checks_values:
                     value_checks(*args)
                 return server.kernel(*args)
-        elif chosen == DEFAULTS[device]:
-            why = f"{chosen} has no kernel for it"
-        else:
-            why = f"{chosen} does not serve {device} tensors"
-        if chosen != "reference":
+            reasons.append(why)
+        if preferred != "reference":
             level = logging.INFO if preferred is None else logging.WARNING
-            _backend.say_once(level, f"{name}: the reference serves on {device} tensors, since {why}")
+            _backend.say_once(level, f"{name}: the reference serves on {device} tensors, since {' and '.join(reasons)}")
         if value_checks is not None:
             value_checks(*args)
         return reference(*args)
@@ -114,9 +123,9 @@ def _dispatch(
     return run
 
 
-def native_operator(name: str) -> Kernel:
+def native_operator(name: str, namespace: str = NATIVE_NAMESPACE) -> Kernel:
     """``mtvit_ops_cpp::name``, whose bad values raise ValueError; the extension must be there."""
-    return _native(name, getattr(getattr(torch.ops, NATIVE_NAMESPACE), name).default)
+    return _native(name, getattr(getattr(torch.ops, namespace), name).default)
 
 
 def _native(name: str, kernel: Kernel) -> Kernel:

@@ -17,6 +17,7 @@ from ._checks import (
     check_tensor,
 )
 from .ops import TokenSelection
+from .ops.gather_rows import gather_rows
 
 
 class RaggedTokens(NamedTuple):
@@ -69,8 +70,7 @@ class RaggedTokens(NamedTuple):
         """The live tokens, (T, D), in list order; dead entries are 0."""
         if self.rows is None:
             return self.x
-        source = torch.cat((self.x, self.x.new_zeros(1, self.x.shape[1])))
-        return source[self.rows.where(self.rows >= 0, self.x.shape[0])]
+        return gather_rows(self.x, self.rows)
 
     def select(self, selection: TokenSelection, max_seqlen: int | None = None) -> RaggedTokens:
         """The same tokens with a shorter list; ``max_seqlen`` tightens the bound where the host knows a tighter one."""

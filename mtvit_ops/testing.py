@@ -229,7 +229,8 @@ def select_model(
         else:
             count = keep if isinstance(keep, int) else keep[image]  # type: ignore[index]
             chosen = ranked[: max(0, count - len(head))]
-        rest = [entry for entry in ranked if entry not in chosen]
+        kept_ones = set(chosen)
+        rest = [entry for entry in ranked if entry not in kept_ones]
         for lists, entries in ((kept, head + chosen), (dropped, rest)):
             entries = entries if by_score else sorted(entries)
             lists.append([entry if rows is None else rows[entry] for entry in entries])

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mtvit_ops
-from mtvit_ops import _backend, _register
+from mtvit_ops import _backend, _extension, _register
 from mtvit_ops.ops import class_attention
 from mtvit_ops.testing import offsets
 
@@ -119,6 +120,62 @@ def test_triton_serves_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_backend, "preferred_backend", lambda block=block: block)
         assert kernel(argument) == runs
     assert len(checked) == 2
+
+
+ON_CUDA = {  # block, backends with a kernel; what runs, what the log says
+    "triton-first": (None, "triton cuda", "triton", None),
+    "cuda-asked-for": ("cuda", "triton cuda", "cuda", None),
+    "cuda-without-triton": (None, "cuda", "cuda", None),
+    "triton-refuses": (None, "refusing cuda", "cuda", None),
+    "nothing": (None, "", "reference", "triton has no kernel for it and cuda has no kernel for it"),
+    "refused-and-nothing-else": (None, "refusing", "reference", "too wide and cuda has no kernel for it"),
+    "asked-for-and-not-there": ("cuda", "triton", "reference", "cuda has no kernel for it"),
+    "cpp": ("cpp", "triton cuda", "reference", "cpp does not serve CUDA tensors"),
+    "reference": ("reference", "triton cuda", "reference", None),
+}
+
+
+@pytest.mark.parametrize(("block", "kernels", "runs", "said"), ON_CUDA.values(), ids=ON_CUDA)
+def test_who_serves_cuda_tensors(
+    block: str | None,
+    kernels: str,
+    runs: str,
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(_backend, "preferred_backend", lambda: block)
+    _backend.say_once.cache_clear()
+    makers = {
+        "triton": ("triton", _register.Server(lambda _: "triton")),
+        "refusing": ("triton", _register.Server(lambda _: "triton", lambda _: "too wide")),
+        "cuda": ("cuda", _register.Server(lambda _: "cuda")),
+    }
+    servers = dict(makers[name] for name in kernels.split())
+    with caplog.at_level(logging.INFO, "mtvit_ops"):
+        assert _register._dispatch("op", "CUDA", servers, lambda _: "reference", None)("argument") == runs
+    wanted = [] if said is None else [f"op: the reference serves on CUDA tensors, since {said}"]
+    assert [record.getMessage() for record in caplog.records] == wanted
+
+
+CUDA_REASONS = {  # extension's error, built with CUDA, PyTorch's CUDA; what is wrong
+    "no-extension": ("the native extension was not built", False, "13.0", "the native extension was not built"),
+    "built-without": (None, False, "13.0", "was built without CUDA (MTVIT_OPS_WITH_CUDA=1"),
+    "torch-without": (None, True, None, "this PyTorch is built without CUDA"),
+    "good": (None, True, "13.0", None),
+}
+
+
+@pytest.mark.parametrize(("error", "built", "version", "said"), CUDA_REASONS.values(), ids=CUDA_REASONS)
+def test_cuda_says_what_it_lacks(
+    error: str | None, built: bool, version: str | None, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built_with = SimpleNamespace(build_info=lambda: {"cuda": built})
+    monkeypatch.setattr(_extension, "_load", lambda: error)
+    monkeypatch.setattr(_extension.importlib, "import_module", lambda name: built_with)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    found = _extension.cuda_error()
+    assert found is None if said is None else said in found
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -137,3 +138,49 @@ def test_native_wheel(source, tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert run.stdout.startswith(f"None {installed}")
+
+
+@pytest.fixture(scope="module")
+def nvcc(tmp_path_factory) -> str:
+    """A CUDA compiler that also links: NVIDIA's Python packages lack a folder for that, which `make cuda` mends."""
+    spec = importlib.util.spec_from_file_location("cuda_report", ROOT / "tools" / "cuda_report.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    found = tool.find_nvcc()
+    if found is None:
+        pytest.skip("no nvcc here: `make cuda` installs one")
+    folder = tmp_path_factory.mktemp("nvcc")
+    (folder / "main.cu").write_text("int main() {}")
+    run = subprocess.run([found, str(folder / "main.cu"), "-o", str(folder / "main")], capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip(f"{found} does not link: {run.stdout}{run.stderr}")
+    return found
+
+
+@pytest.mark.build
+@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("ninja"), reason="needs cmake and ninja")
+def test_cuda_wheel(source, nvcc, tmp_path):
+    """Built with CUDA, under whatever PyTorch this is: loads, serves the CPU, and says what the cuda backend lacks."""
+    run = build_wheel(
+        source, tmp_path, MTVIT_OPS_BUILD_EXT="1", MTVIT_OPS_WITH_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0", CUDACXX=nvcc
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    with zipfile.ZipFile(only(tmp_path, "*.whl")) as archive:
+        archive.extractall(tmp_path / "installed")
+    binary = (tmp_path / "installed" / "mtvit_ops" / "_C.so").read_bytes()
+    assert str(source).encode() not in binary
+    script = (
+        "import torch, mtvit_ops as m\n"
+        "i = m.build_info()\n"
+        "print(i['cuda'], i['cuda_archs'], hasattr(torch.ops.mtvit_ops_cuda, 'token_select'))\n"
+        "print(m.ops.token_select(torch.ones(3), None, torch.tensor([0, 3]).int(), keep=2).rows.tolist())\n"
+        "found = m.available_backends()['cuda']\n"
+        "print(found.available == (torch.version.cuda is not None), found.reason)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    lines = run.stdout.splitlines()
+    assert lines[:2] == ["True ['90-real'] True", "[0, 1]"]
+    assert lines[2] in ("True this PyTorch is built without CUDA", "True native kernels for CUDA tensors")

@@ -186,7 +186,7 @@ def case_token_select(draw: Draw) -> tuple[Any, Any]:
     capacity = total if not draw.spoilt() else draw.random.choice((-1, 0, total - 1))
     args = (scores, rows, cu, mask, counts, keep, threshold, prefix, by_score, capacity, both, total)
     got = native.token_select(*args)
-    return got, lambda: token_select.token_select(*args)
+    return got, lambda: token_select.token_select(*args, total)
 
 
 def case_halting_step(draw: Draw) -> tuple[Any, Any]:

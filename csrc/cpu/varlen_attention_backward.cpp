@@ -25,7 +25,7 @@ Tensor zeros(const Tensor& like, int64_t tokens, int64_t heads, int64_t width) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward(
-    const Tensor& incoming, const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& out,
+    const Tensor& incoming, const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& /*out*/,
     const Tensor& log_sums, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
     int64_t max_seqlen_k, double scale, std::optional<Tensor> key_bias) {
   const Tensor cu_q = cu_seqlens_vector("cu_seqlens_q", cu_seqlens_q);

@@ -109,4 +109,4 @@ def _drop_finished(tokens: RaggedTokens, class_rows: Tensor) -> RaggedTokens:
     finished = padded[offsets[:-1].long()] != class_rows
     counts = offsets.diff().where(~finished, 0).to(torch.int32)
     # any score will do: an image keeps all or nothing
-    return tokens.select(token_select(rows.float(), rows, offsets, keep=counts))
+    return tokens.select(token_select(rows.float(), rows, offsets, keep=counts, max_seqlen=tokens.max_seqlen))

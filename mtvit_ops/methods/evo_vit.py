@@ -100,7 +100,12 @@ class EvoViT(Method):
         if keep == everyone.max_seqlen:
             return everyone, state
         selection = token_select(
-            state.score, None, everyone.cu_seqlens, keep=keep, num_prefix_tokens=everyone.num_prefix_tokens
+            state.score,
+            None,
+            everyone.cu_seqlens,
+            keep=keep,
+            num_prefix_tokens=everyone.num_prefix_tokens,
+            max_seqlen=everyone.max_seqlen,
         )
         return everyone.select(selection, keep), state
 

@@ -161,12 +161,27 @@ class Life(Method):
         if budget == tokens.max_seqlen:
             return tokens
         scores = F.pad(lives, (1, 0)).reshape(-1)  # the class token is protected, whatever its score
-        selection = token_select(scores, None, tokens.cu_seqlens, keep=budget, num_prefix_tokens=1, order="score")
+        selection = token_select(
+            scores,
+            None,
+            tokens.cu_seqlens,
+            keep=budget,
+            num_prefix_tokens=1,
+            order="score",
+            max_seqlen=tokens.max_seqlen,
+        )
         return tokens.select(selection, budget)
 
     def _outliving(self, index: int, tokens: RaggedTokens, lives: Tensor) -> RaggedTokens:
         scores = F.pad(lives, (1, 0)).reshape(-1)
         if tokens.rows is not None:
             scores = scores[tokens.rows.clamp_min(0)]
-        selection = token_select(scores, tokens.rows, tokens.cu_seqlens, threshold=float(index), num_prefix_tokens=1)
+        selection = token_select(
+            scores,
+            tokens.rows,
+            tokens.cu_seqlens,
+            threshold=float(index),
+            num_prefix_tokens=1,
+            max_seqlen=tokens.max_seqlen,
+        )
         return tokens.select(selection).trimmed()

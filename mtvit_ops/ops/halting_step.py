@@ -151,6 +151,10 @@ def _value_checks(x: Tensor, rows: Tensor | None, cu_seqlens: Tensor, readout_ro
     check_offset_values("cu_seqlens", cu_seqlens, x.shape[0] if rows is None else rows.shape[0])
 
 
+def _refuses(x: Tensor, *_: Any) -> str | None:
+    return "the native kernel takes no float64" if x.dtype == torch.float64 else None
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, rows, cu_seqlens, readout_rows, cumulative, remainder, _, _, _, scale, center, eps, last = inputs
     ctx.save_for_backward(x, rows, cu_seqlens, readout_rows, cumulative, remainder)
@@ -177,6 +181,7 @@ HALTING_STEP_BACKWARD = register_op(
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(grad_remainder),
     ),
+    triton="halting_step_backward",
 )
 HALTING_STEP = register_op(
     "halting_step",
@@ -188,7 +193,14 @@ HALTING_STEP = register_op(
     fake=_fake,
     value_checks=_value_checks,
     native=True,
+<<<<<<< HEAD
+    refuses=_refuses,
+    cuda=True,
+    cuda_refuses=_refuses,
+=======
+    triton="halting_step",
     refuses=lambda x, *_: "the native kernel takes no float64" if x.dtype == torch.float64 else None,
+>>>>>>> wt-select
     setup_context=_setup_context,
     backward=_backward,
 )

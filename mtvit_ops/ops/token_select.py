@@ -45,6 +45,7 @@ def token_select(
     order: Literal["ascending", "score"] = "ascending",
     return_dropped: bool = False,
     capacity: int | None = None,
+    max_seqlen: int | None = None,
 ) -> TokenSelection:
     """Shorten a row list by exactly one of a count, a threshold or a mask.
 
@@ -64,6 +65,8 @@ def token_select(
         return_dropped: also list what was dropped, in the same order.
         capacity: length of the new list where the host cannot know it (per-image counts, threshold, mask), >= the
             number of kept tokens; None: T, which always suffices. With one int ``keep`` it is B * keep.
+        max_seqlen: at least the longest image's number of entries, as the host knows it; None: T. A bound of at most
+            4096 lets a GPU hold an image at once.
 
     Returns:
         TokenSelection(rows, cu_seqlens, dropped_rows, dropped_cu_seqlens); the last two are None unless asked for. The
@@ -72,8 +75,9 @@ def token_select(
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, none or several of keep, threshold and mask;
-            on the CPU also bad offsets, a count beyond its image or below the prefix, a capacity too small. On a GPU
-            counts are clamped to the image, and what exceeds the capacity is lost.
+            on the CPU also bad offsets, a count beyond its image or below the prefix, a capacity or a max_seqlen too
+            small. On a GPU counts are clamped to the image, what exceeds the capacity is lost, and a max_seqlen below
+            the longest image leaves entries undefined.
 
     Integers: no gradient. Deterministic, with the tie rule above. No device synchronisation. Images may be empty, and
     may lose every token.
@@ -119,6 +123,8 @@ def token_select(
     if capacity is not None:
         check_count("capacity", capacity)
         room = capacity
+    if max_seqlen is not None:
+        check_count("max_seqlen", max_seqlen)
     result = TOKEN_SELECT(
         scores,
         rows,
@@ -132,6 +138,7 @@ def token_select(
         room,
         return_dropped,
         dropped_room if return_dropped else 0,
+        tokens if max_seqlen is None else max_seqlen,
     )
     return TokenSelection(*result) if return_dropped else TokenSelection(*result[:2])
 
@@ -149,6 +156,7 @@ def _fake(
     capacity: int,
     return_dropped: bool,
     dropped_capacity: int,
+    max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         cu_seqlens.new_empty(capacity),
@@ -169,11 +177,13 @@ def _value_checks(
     num_prefix_tokens: int,
     by_score: bool,
     capacity: int,
-    *_: Any,
+    return_dropped: bool,
+    dropped_capacity: int,
+    max_seqlen: int,
 ) -> None:
     given = mask if scores is None else scores
     assert given is not None
-    offsets = check_offset_values("cu_seqlens", cu_seqlens, given.shape[0])
+    offsets = check_offset_values("cu_seqlens", cu_seqlens, given.shape[0], max_seqlen)
     lengths = [after - before for before, after in zip(offsets, offsets[1:])]
     if keep_counts is not None or keep >= 0:
         counts = [keep] * len(lengths) if keep_counts is None else keep_counts.tolist()
@@ -196,14 +206,31 @@ def _value_checks(
         raise ValueError(f"capacity must hold the {kept} kept tokens, got {capacity}")
 
 
+def _native(*args: Any) -> Any:
+    """The native kernel, which needs no bound; a wrong one is an error wherever values are looked at."""
+    *rest, max_seqlen = args
+    given, cu_seqlens = args[3] if args[0] is None else args[0], args[2]
+    if max_seqlen < given.shape[0] and cu_seqlens.shape[0] > 1:
+        longest = int(cu_seqlens.diff().max())
+        if longest > max_seqlen:
+            raise ValueError(f"max_seqlen must be at least the longest image, {longest}, got {max_seqlen}")
+    return torch.ops.mtvit_ops_cpp.token_select.default(*rest)
+
+
+def _cuda(*args: Any) -> Any:
+    return torch.ops.mtvit_ops_cuda.token_select.default(*args[:-1])
+
+
 TOKEN_SELECT = register_op(
     "token_select",
     "(Tensor? scores, Tensor? rows, Tensor cu_seqlens, Tensor? mask, Tensor? keep_counts, SymInt keep,"
     " float? threshold, int num_prefix_tokens, bool by_score, SymInt capacity, bool return_dropped,"
-    " SymInt dropped_capacity)"
+    " SymInt dropped_capacity, SymInt max_seqlen)"
     " -> (Tensor rows, Tensor cu_seqlens, Tensor dropped_rows, Tensor dropped_cu_seqlens)",
     reference=reference.token_select,
     fake=_fake,
     value_checks=_value_checks,
-    native=True,
+    native=_native,
+    triton="token_select",
+    cuda=_cuda,
 )

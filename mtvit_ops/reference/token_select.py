@@ -21,6 +21,7 @@ def token_select(
     capacity: int,
     return_dropped: bool,
     dropped_capacity: int,
+    max_seqlen: int,  # a bound that kernels need
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # rows, cu_seqlens, dropped rows, dropped cu_seqlens
     given = mask if scores is None else scores
     assert given is not None

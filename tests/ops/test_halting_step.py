@@ -24,6 +24,7 @@ class Case(NamedTuple):
     last: bool = False
     fresh: bool = False  # the state before the first layer
     strided: bool = False
+    batch_tile: int | None = None  # images that a kernel takes at once, made so few that these are more
 
 
 CASES = {
@@ -49,6 +50,11 @@ CASES = {
     "D=384": Case((4, 3), readout=(0, 4), dim=384),
     "eps": Case((5, 5), readout=(0, 5), eps=0.3),
     "strided-x": Case((5, 5), readout=(0, 5), strided=True),
+    # one below and one above a tile of entries and of rows, and rows behind the last listed one
+    "long": Case((511, 513), rows=(*range(511), *range(600, 1113)), num_rows=1200, readout=(0, 600, 1150), dead=2),
+    # wider than a tile of columns, forward and backward
+    "D=1030": Case((3, 2), readout=(0, 3), dim=1030),
+    "many-images": Case((1, 0) * 9, rows=tuple(range(1, 10)), num_rows=40, readout=(1, 9), dead=20, batch_tile=16),
 }
 SCALE, CENTER = 0.5, 0.25
 # gates and sums of which none comes closer than 0.009 to 1 - eps: no dtype's rounding changes who halts
@@ -104,7 +110,13 @@ def formula(case: Case, x: Tensor, **state: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_matches_the_rule(case: Case, backend: str, device: str, dtype: torch.dtype) -> None:
+def test_matches_the_rule(
+    case: Case, backend: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case.batch_tile is not None and backend == "triton":
+        from mtvit_ops.kernels import _launch
+
+        monkeypatch.setattr(_launch, "BATCH_TILE", case.batch_tile)
     live = sum(case.lengths)
     num_rows = case.num_rows or live + (case.dead if case.rows is None else 0)
     x = random_tensor(num_rows, 2 * case.dim if case.strided else case.dim, dtype=dtype, device=device)[:, : case.dim]

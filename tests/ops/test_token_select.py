@@ -24,6 +24,13 @@ class Case(NamedTuple):
     rows: tuple[int, ...] | None = None  # None: all rows
     dead: int = 0  # entries behind the last image: NaN scores, mask True, row 99
     capacity: int | None = None
+    max_seqlen: int | None = None
+    tile: int | None = None  # the kernels' tiles, made so small that a short image does not fit
+
+
+def spread(*lengths: int) -> tuple[tuple[float, ...], ...]:
+    """Scores of images this long, with ties."""
+    return tuple(tuple(float((i * 37 + b) % 101 - 50) for i in range(n)) for b, n in enumerate(lengths))
 
 
 CASES = {
@@ -80,9 +87,23 @@ CASES = {
     "capacity-dead-counts": Case(((1.0, 2.0), ()), keep=(1, 0), dead=2),
     "capacity-dead-mask": Case(None, mask=((1, 0), (0, 1)), dead=3),
     # more than one block of any sort
-    "N197": Case(
-        tuple(tuple(float((i * 37 + b) % 101) for i in range(197)) for b in range(3)), keep=99, prefix=1
-    ),
+    "N197": Case(spread(197, 197, 197), keep=99, prefix=1),
+    # a bound below the number of tokens: the edges of a tile, with one warp and with more
+    "bound-16": Case(spread(15, 16, 7), keep=7, prefix=1, max_seqlen=16),
+    "bound-17": Case(spread(17, 15, 16), keep=8, prefix=1, max_seqlen=17),
+    "bound-256": Case(spread(255, 256), keep=100, prefix=2, max_seqlen=256),
+    "bound-257": Case(spread(257, 3, 256), keep=(128, 3, 1), prefix=1, max_seqlen=257),
+    "bound-577": Case(spread(577, 576), threshold=3.0, prefix=1, max_seqlen=577),
+    "N4096": Case(spread(4096), keep=2000, prefix=1),
+    # images longer than a tile are taken in pieces, and compared pair by pair
+    "pieces": Case(spread(15, 16, 17, 0, 33), keep=(7, 16, 1, 0, 32), prefix=1, tile=16),
+    "pieces-ties": Case(((2.0,) * 10 + (3.0,) * 10, (NAN,) * 17), keep=14, tile=16),
+    "pieces-threshold": Case(spread(33, 0, 48), threshold=3.0, prefix=18, tile=16, dead=2),
+    "pieces-mask": Case(spread(17, 33), mask=tuple(tuple(i % 3 for i in range(n)) for n in (17, 33)), tile=16),
+    # offsets add up over more images than a tile of them holds, and what lies behind is longer than a tile
+    "many-images": Case(spread(*(i % 2 for i in range(17))), threshold=0.0, tile=16, dead=20),
+    # a threshold that float16 rounds to infinity
+    "threshold-large": Case(((1.0, INF, -INF),), threshold=1e6),
 }  # fmt: skip
 
 
@@ -94,7 +115,14 @@ def flat(table, fill, dead: int, dtype: torch.dtype, device: str) -> Tensor | No
 
 @pytest.mark.parametrize("order", ["ascending", "score"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_matches_the_model(case: Case, order: str, backend: str, device: str, dtype: torch.dtype) -> None:
+def test_matches_the_model(
+    case: Case, order: str, backend: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case.tile is not None and backend == "triton":
+        from mtvit_ops.kernels import _launch
+
+        for name in ("LONGEST_TILE", "PIECE", "RANKED", "BATCH_TILE"):
+            monkeypatch.setattr(_launch, name, case.tile)
     images = case.mask if case.scores is None else case.scores
     lengths = [len(image) for image in images]
     scores = flat(case.scores, NAN, case.dead, dtype, device)
@@ -110,12 +138,13 @@ def test_matches_the_model(case: Case, order: str, backend: str, device: str, dt
         token_select(
             scores, rows, offsets(lengths, device), keep=keep, threshold=case.threshold, mask=mask,
             num_prefix_tokens=case.prefix, order=order, return_dropped=True, capacity=case.capacity,
+            max_seqlen=case.max_seqlen,
         )
         for _ in range(2)
     )  # fmt: skip
     alone = token_select(
         scores, rows, offsets(lengths, device), keep=keep, threshold=case.threshold, mask=mask,
-        num_prefix_tokens=case.prefix, order=order, capacity=case.capacity,
+        num_prefix_tokens=case.prefix, order=order, capacity=case.capacity, max_seqlen=case.max_seqlen,
     )  # fmt: skip
 
     kept, dropped = select_model(
@@ -189,6 +218,9 @@ BAD = {
     "threshold-nan": ({"keep": None, "threshold": math.nan}, ValueError, "threshold must be in"),
     "prefix-negative": ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens must be >= 0"),
     "order-unknown": ({"order": "random"}, ValueError, "order must be one of"),
+    "longest-no-int": ({"max_seqlen": 2.0}, TypeError, "max_seqlen must be an int"),
+    "longest-negative": ({"max_seqlen": -1}, ValueError, "max_seqlen must be >= 0"),
+    "longest-too-small": ({"max_seqlen": 2}, ValueError, "max_seqlen"),
     "capacity-negative": ({"capacity": -1}, ValueError, "capacity must be >= 0"),
     "capacity-too-small": ({"capacity": 1}, ValueError, "capacity"),
     "capacity-too-small-counts": ({"keep": int32(2, 2), "capacity": 3}, ValueError, "capacity"),

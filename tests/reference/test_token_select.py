@@ -60,6 +60,7 @@ def test_by_hand(asked: dict, rows: list, ends: list, dropped: list, dropped_end
         6,
         True,
         6,
+        4,
     )
     assert all(value.dtype == torch.int32 for value in got)
     assert [value.tolist() for value in got] == [

@@ -215,10 +215,10 @@ def token_select() -> Iterator[Sample]:
             "mask": (None, rows, offsets, mask, None, -1, None, 1, False, wide),
         }
         for text, args in ways.items():
-            yield "token_select", f"{batch} x {tokens}, {text}", (*args, False, 0)
-        yield "token_select", f"{batch} x {tokens}, keep, dropped too", (*ways["keep"], True, wide - 40 * batch)
-        yield "token_select", f"{batch} x {tokens}, threshold, dropped too", (*ways["threshold"], True, wide)
-    half = (scores.bfloat16(), None, offsets, None, None, 40, None, 1, False, 40 * batch, False, 0)
+            yield "token_select", f"{batch} x {tokens}, {text}", (*args, False, 0, tokens)
+        yield "token_select", f"{batch} x {tokens}, keep, dropped too", (*ways["keep"], True, wide - 40 * batch, tokens)
+        yield "token_select", f"{batch} x {tokens}, threshold, dropped too", (*ways["threshold"], True, wide, tokens)
+    half = (scores.bfloat16(), None, offsets, None, None, 40, None, 1, False, 40 * batch, False, 0, tokens)
     yield "token_select", f"{batch} x {tokens}, keep, bfloat16", half
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import IMAGE_WARPS, image_row_tile, image_column_tile, on_device_of
+from ._launch import IMAGE_WARPS, image_column_tile, image_row_tile, on_device_of
 from ._math import rounded
 
 ONES, AS_THEY_ARE, NORMALIZED = 0, 1, 2  # how entries are weighted

@@ -193,14 +193,10 @@ HALTING_STEP = register_op(
     fake=_fake,
     value_checks=_value_checks,
     native=True,
-<<<<<<< HEAD
     refuses=_refuses,
     cuda=True,
     cuda_refuses=_refuses,
-=======
     triton="halting_step",
-    refuses=lambda x, *_: "the native kernel takes no float64" if x.dtype == torch.float64 else None,
->>>>>>> wt-select
     setup_context=_setup_context,
     backward=_backward,
 )

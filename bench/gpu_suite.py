@@ -36,8 +36,8 @@ STAGES = {
     "tests": ("run_tests.py", 150),
     "promises": ("promises.py", 45),
     "sanitize": ("sanitize.py", 50),
-    "ops": ("time_ops.py", 80),
-    "models": ("time_models.py", 200),
+    "ops": ("time_ops.py", 90),
+    "models": ("time_models.py", 190),
 }
 BUDGET = 570  # seconds in all
 NO_DEVICE = "skipped: PyTorch sees no CUDA device on this machine"

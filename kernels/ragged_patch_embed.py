@@ -149,10 +149,12 @@ def embed_kernel(
         weight = tl.load(weight_rows + k[None, :], mask=wide_enough[:, None] & (k < PITCH)[None, :], other=0.0)
         acc = dot(pixels, tl.trans(weight), acc, PRECISION)
     mask = inside[:, None] & wide_enough[None, :]
-    heads = bias_ptr + tl.zeros((BLOCK_M,), tl.int64)  # what a token adds to its position
+    # what a token adds to its position; two loads, since a choice between two pointers does not compile for gfx942
+    bias = tl.load(bias_ptr + columns, mask=wide_enough, other=0.0).to(tl.float32)
+    acc += tl.where(patches[:, None] < 0, 0.0, bias[None, :])
     if P > 0:
-        heads = tl.where(patches < 0, prefix_ptr + places.to(tl.int64) * D, heads)
-    acc += tl.load(heads[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = prefix_ptr + places[:, None].to(tl.int64) * D + columns[None, :]
+        acc += tl.load(at, mask=mask & (patches < 0)[:, None], other=0.0).to(tl.float32)
     at = places[:, None].to(tl.int64) * D + columns[None, :]
     acc += tl.load(table_ptr + at, mask=mask, other=0.0).to(tl.float32)
     at = out_ptr + (starts + places)[:, None] * D + columns[None, :]

@@ -67,7 +67,7 @@ def test_every_stage_runs_at_tiny_sizes(tmp_path: Path) -> None:
         for name, found in row["times"].items():
             assert "ms" in found or (not name.startswith("ours") and "Error" in found["error"]), (row, name)
     assert len(rows["models"]) == 7
-    assert {"varlen_attention", "token_select", "halting_step"} <= {row["op"] for row in rows["ops"]}
+    assert {"varlen_attention", "ragged_linear", "token_select", "halting_step"} <= {row["op"] for row in rows["ops"]}
     table = (tmp_path / "gpu.md").read_text()
     assert "A smoke run" in table
     for section in ("Tests", "Promises", "Ops", "Models"):
@@ -122,7 +122,7 @@ def test_what_is_wrong_fails(suite: ModuleType, row: dict[str, Any], bad: bool) 
 
 def test_an_unequal_candidate_is_not_timed(tmp_path: Path) -> None:
     code = (
-        "import torch, time_ops; from op_cases import OpCase, Sizes, layer_norm\n"
+        "import torch, time_ops; from op_case import Sizes; from row_cases import layer_norm\n"
         "case = layer_norm(Sizes(torch.device('cpu'), 2, 17, 2, backend='eager'))\n"
         "runs = {**case.runs, 'wrong': lambda: case.runs['eager']() * 1.1}\n"
         "print(time_ops.assert_same(case._replace(runs=runs)))\n"

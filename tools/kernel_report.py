@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise SystemExit("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
@@ -33,6 +34,9 @@ from triton.compiler import ASTSource
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # of one block, at most
+# bytes of a thread, stores and loads: held to 128 registers on purpose, and what spills is used outside the loop
+ALLOWED_SPILLS = {"varlen_attention_kernel": 168}
+_SAID: IO[str] | None = None  # of a worker
 _RECORDED: list[tuple[str, Launch]] = []  # what a forked worker finds under its index
 
 
@@ -64,9 +68,17 @@ def report(
     """A row for each kernel, configuration and target, or for ``each`` configurations of a kernel."""
     recorded = [_spaced(record(target, launches.table(kernels)), each) for target in targets]
     _RECORDED[:] = [entry for entries in recorded for entry in entries]
-    # uncached, so that the assembler speaks; forked, since a launch cannot be pickled
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        return pool.map(_compiled, range(len(_RECORDED)), chunksize=1)
+    # forked, since a launch cannot be pickled; this pool says when a compiler takes its process down
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(jobs, mp_context=fork, initializer=_catch_errors) as pool:
+        return list(pool.map(_compiled, range(len(_RECORDED))))
+
+
+def _catch_errors() -> None:
+    """A pass that fails writes the whole program to file 2: kept in a file, for the line that says why."""
+    global _SAID
+    _SAID = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - open as long as the worker lives
+    os.dup2(_SAID.fileno(), 2)
 
 
 def _spaced(recorded: list[tuple[str, Launch]], each: int | None) -> list[tuple[str, Launch]]:
@@ -85,7 +97,7 @@ def problems(rows: list[dict[str, Any]], limits: dict[str, int], spilled: int = 
         if "error" in row:
             found.append(f"{where}: does not compile: {row['error']}")
             continue
-        if row["spill_bytes"] > spilled:
+        if row["spill_bytes"] > max(spilled, ALLOWED_SPILLS.get(row.get("kernel", ""), 0)):
             found.append(f"{where}: spills {row['spill_bytes']} bytes a thread at {row['registers']} registers")
         if row["shared_bytes"] > 1024 * limits[row["target"]]:
             found.append(f"{where}: {row['shared_bytes'] / 1024:.0f} KiB shared, limit {limits[row['target']]}")
@@ -101,6 +113,11 @@ def _compiled(index: int) -> dict[str, Any]:
         row.update(resources(launch))
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+        if _SAID is not None:
+            _SAID.seek(0)
+            why = [line for line in _SAID.read().splitlines() if "Assertion" in line or " error: " in line]
+            row["error"] += f" ({why[0][-200:]})" if why else ""
+            _SAID.truncate(0)
     return row
 
 

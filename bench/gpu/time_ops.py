@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from measure import best, ceilings, compare, outputs
-from op_cases import OpCase, Sizes, cases
+from op_case import OpCase, Sizes
+from op_cases import cases
 from stage import Stage, in_words
 
 from mtvit_ops.testing import assert_close_to_float64, assert_equal

@@ -60,7 +60,8 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 def dot_precision() -> str:
     """How float32 factors are multiplied: PyTorch's own switch for CUDA matrix products."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # the older allow_tf32 sets this too, but raises when read after this was set
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 # slow_fast, and the tables of ragged_patch_embed: programs loop over an image's rows, or a place's images

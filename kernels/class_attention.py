@@ -174,6 +174,7 @@ def class_attention(
     block_k, block_d, warps = class_row(longest, dim)
     runs = triton.cdiv(longest, block_k)
     partial = None if runs == 1 else out.new_empty(batch * heads, runs, 2)
+    cu_seqlens = cu_seqlens.contiguous()
     with on_device_of(k):
         for phase in (WHOLE,) if runs == 1 else (COLLECT, FINISH):
             class_attention_fwd_kernel[(batch * heads, runs)](
@@ -227,7 +228,7 @@ def class_attention_backward(
             probabilities.contiguous(),
             q_class,
             k,
-            cu_seqlens,
+            cu_seqlens.contiguous(),
             partial,
             grad_k,
             grad_bias,

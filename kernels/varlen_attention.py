@@ -206,6 +206,7 @@ def varlen_attention(
             q.new_full((tokens, heads), -math.inf, dtype=torch.float32),
             q.new_zeros(0 if scores == NO_SCORES else num_keys, heads, dtype=torch.float32),
         )
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     max_seqlen_q, max_seqlen_k = min(max_seqlen_q, tokens), min(max_seqlen_k, num_keys)
     has_bias, class_row, mean = key_bias is not None, scores == CLASS_SCORES, scores == MEAN_SCORES
     plan = attention_plan(q, value_dim, batch, max_seqlen_q, max_seqlen_k, has_bias=has_bias, mean=mean)

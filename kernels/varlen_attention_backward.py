@@ -392,7 +392,7 @@ def varlen_attention_backward(
     grad_bias = lse.new_empty(keys, heads)
     out, lse = out.contiguous(), lse.contiguous()  # as the forward op gives them
     inputs, grads = (grad_out, q, k, v), (grad_q, grad_k, grad_v, grad_bias)
-    offsets = cu_seqlens_q, cu_seqlens_k, key_bias
+    offsets = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), key_bias
     bias_strides = (0, 0) if key_bias is None else (*key_bias.stride(), 0)[:2]
     numbers = *(stride for tensor in inputs for stride in tensor.stride()), *bias_strides, scale, batch
     constants = {

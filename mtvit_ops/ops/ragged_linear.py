@@ -48,8 +48,8 @@ def ragged_linear(
             offsets.
 
     Summed in float32 (float64 for float64) with bias and activation, rounded once; on a GPU float32 factors are
-    multiplied as ``torch.backends.cuda.matmul.allow_tf32`` says. Under autocast a, weight and bias are cast as by
-    ``F.linear``. Gradients flow to a, weight and bias; the one of the GELU multiplies anew rather than keep (T, N).
+    multiplied as ``torch.backends.cuda.matmul.fp32_precision`` says. Under autocast a, weight and bias are cast as
+    by ``F.linear``. Gradients flow to a, weight and bias; the one of the GELU multiplies anew rather than keep (T, N).
     Deterministic. No device synchronisation. T, K or N may be 0.
 
     Equivalent PyTorch, for the live rows: ``F.gelu(F.linear(a, weight, bias))``.

@@ -110,20 +110,26 @@ def store_class_row(
     D: tl.constexpr,
     SIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IN_SHARED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The attention of an image's first query to a tile of keys.
 
-    Its logits are computed once more, with the keys as rows: taking one row out of a tile of probabilities would cost
-    more than this product with 16 columns, the fewest there are.
+    Its logits are computed once more: taking one row out of a tile of probabilities would cost more. Where K already
+    lies in shared memory, as a product with 16 columns, the fewest there are; else a product would take registers that
+    no loop over keys has left.
     """
     columns = tl.arange(0, BLOCK_D)
-    first = tl.arange(0, 16) == 0
-    mask = (columns < D)[:, None] & (first & (num_queries > 0))[None, :]
-    q = tl.load(q_ptr + columns[:, None] * stride_qd + tl.zeros((1, 16), tl.int32), mask=mask, other=0.0)
-    products = dot(k, signed(q, SIGN), tl.zeros((k.shape[0], 16), tl.float32), PRECISION)
-    logits = tl.sum(tl.where(first[None, :], products, 0.0), axis=1) * factor
+    if IN_SHARED:
+        first = tl.arange(0, 16) == 0
+        mask = (columns < D)[:, None] & (first & (num_queries > 0))[None, :]
+        q = tl.load(q_ptr + columns[:, None] * stride_qd + tl.zeros((1, 16), tl.int32), mask=mask, other=0.0)
+        products = dot(k, signed(q, SIGN), tl.zeros((k.shape[0], 16), tl.float32), PRECISION)
+        logits = tl.sum(tl.where(first[None, :], products, 0.0), axis=1) * factor
+    else:
+        q = tl.load(q_ptr + columns * stride_qd, mask=(columns < D) & (num_queries > 0), other=0.0)
+        logits = tl.sum(k.to(tl.float32) * signed(q, SIGN).to(tl.float32)[None, :], axis=1) * factor
     if HAS_BIAS:
         logits += load_bias(bias_ptr, keys, num_keys, stride_bt)
     share = tl.where(num_queries > 0, tl.exp2(logits - finite(lse)), 0.0)

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
+
+from ._math import INTERPRETED
 
 ROW_ELEMENTS = 4096  # of a tile of rows: 32 values for each thread of 4 warps
 MAX_COLUMNS = 1024  # of such a tile; wider rows are taken in pieces
@@ -56,6 +59,16 @@ LIST_TILE = 512  # entries or rows that halting_step takes at once: 4 for each t
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def generation(device: torch.device) -> int:
+    """NVIDIA's; 0 for AMD's. On the CPU kernels are compiled ahead of time, for a driver's target, or interpreted."""
+    if device.type == "cuda":
+        return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+    if INTERPRETED.value:
+        return 9
+    target = driver.active.get_current_target()
+    return 0 if target.backend == "hip" else target.arch // 10
 
 
 def dot_precision() -> str:
@@ -177,10 +190,24 @@ class Limits(NamedTuple):
         return 0 if self.warp_groups else 1
 
 
-@cache
+AHEAD_OF_TIME = {  # an MI300X, A100, H200, B200
+    0: Limits(304, 1 << 16, 1 << 15, False),
+    8: Limits(108, 164 << 10, 163 << 10, False),
+    9: Limits(132, 228 << 10, 227 << 10, True),
+    10: Limits(148, 228 << 10, 227 << 10, True),
+}
+
+
 def limits(device: torch.device) -> Limits:
-    if device.type != "cuda":
-        return Limits(INTERPRETED_PROGRAMS, 1 << 17, 1 << 17, True)
+    if device.type == "cuda":
+        return _found(device)
+    return (
+        Limits(INTERPRETED_PROGRAMS, 1 << 17, 1 << 17, True) if INTERPRETED.value else AHEAD_OF_TIME[generation(device)]
+    )
+
+
+@cache
+def _found(device: torch.device) -> Limits:
     found = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:  # half of the memory: two programs a processor
         return Limits(found.multi_processor_count, 1 << 16, 1 << 15, False)
@@ -280,14 +307,15 @@ def attention_plan(
     max_seqlen_k: int,
     *,
     has_bias: bool,
+    class_row: bool,
     mean: bool,
 ) -> AttentionPlan:
     """How the forward of attention is cut for q (Tq, H, d)."""
-    dim, capability = max(q.shape[2], value_dim), _capability(q)
+    dim, capability = max(q.shape[2], value_dim), generation(q.device)
     if not capability:  # a second stage does not fit its scalar registers
         return AttentionPlan(False, 64, 64 if q.element_size() == 2 else 32, 64, warps=4, stages=1)
-    if q.element_size() == 4:  # its factors lie in registers
-        return AttentionPlan(False, 64, 32, 64, warps=8, stages=2)
+    if q.element_size() == 4:  # its factors lie in registers; a second stage of them spills
+        return AttentionPlan(False, 64, 32, 64, warps=8, stages=1)
     if max_seqlen_k <= _whole_row_keys(capability, dim, has_bias, mean):
         keys = max(64, triton.next_power_of_2(max_seqlen_k))
         tiles = triton.cdiv(max_seqlen_q, QUERY_TILE)
@@ -297,13 +325,17 @@ def attention_plan(
         capped = capability == 9 and dim <= 64 and not (mean and has_bias)
         registers = {64: 128, 128: 168}.get(keys) if capped else None
         return AttentionPlan(True, QUERY_TILE, keys, QUERY_TILE * together, warps=4, stages=2, registers=registers)
-    keys = 64 if capability == 9 or (dim <= 64 and not has_bias) else 32  # elsewhere 64 would spill
+    # beside a bias or what the class row needs later, 64 spill
+    wide = capability == 9 if dim > 64 else not (has_bias or (capability == 9 and class_row))
+    keys = 64 if wide else 32
     if max_seqlen_q <= QUERY_TILE:
         return AttentionPlan(False, 64, keys, 64, warps=4, stages=2)
     # K and V come from the L2 cache once a program: with 64 queries for them it would be the limit
-    # 128 registers let two programs run, with or without bias and class row: what spills is used outside the loops
+    # with 128 registers two programs run, and hide what loads a third stage would
     registers = 128 if capability == 9 and dim <= 64 else None
-    return AttentionPlan(False, 128, keys, 128, warps=8, stages=3 if dim <= 64 else 2, registers=registers)
+    return AttentionPlan(
+        False, 128, keys, 128, warps=8, stages=3 if dim <= 64 and not has_bias else 2, registers=registers
+    )
 
 
 def _whole_row_keys(capability: int, dim: int, has_bias: bool, mean: bool) -> int:
@@ -312,14 +344,9 @@ def _whole_row_keys(capability: int, dim: int, has_bias: bool, mean: bool) -> in
         return 64 if dim <= 64 else 0
     if mean and capability > 9:  # a row lies within a thread, so sums over rows are as large as the tile
         return 64
+    if has_bias and capability > 9:  # and so is a bias
+        return 128
     return WHOLE_ROW_KEYS if dim <= 64 and not (mean and has_bias) else WHOLE_ROW_KEYS // 2
-
-
-def _capability(tensor: Tensor) -> int:
-    """NVIDIA's generation; 0 for AMD's; the interpreter does as a Hopper."""
-    if not tensor.is_cuda:
-        return 9
-    return 0 if torch.version.hip else torch.cuda.get_device_capability(tensor.device)[0]
 
 
 def _multiprocessors(tensor: Tensor) -> int:
@@ -352,9 +379,9 @@ def attention_backward_tiles(device: torch.device, longest_k: int, dim: int, hal
     The largest that spill next to nothing when compiled ahead of time. Hopper and later multiply out of shared memory,
     which leaves registers for twice the keys.
     """
-    amd = torch.version.hip is not None
-    hopper = device.type == "cpu" or (not amd and torch.cuda.get_device_capability(device)[0] >= 9)
-    eight = 4 if amd else 8  # wavefronts are two warps wide
+    here = generation(device)
+    hopper = here >= 9
+    eight = 4 if here == 0 else 8  # wavefronts are two warps wide
     narrow = dim <= 64
     keys = max(32, triton.next_power_of_2(longest_k))
     if half:

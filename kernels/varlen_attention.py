@@ -106,7 +106,11 @@ def varlen_attention_kernel(
     # a thread has rows r and r + 8 of a product's tile: those are added at once, the others after the last tile
     sums = tl.zeros((BLOCK_Q // 16, 8, BLOCK_K), tl.float32)
     for first_row in tl.range(
-        start, tl.minimum(start + SPAN, length_q), BLOCK_Q, num_stages=STAGES if WHOLE_ROW else 1
+        start,
+        tl.minimum(start + SPAN, length_q),
+        BLOCK_Q,
+        num_stages=STAGES if WHOLE_ROW else 1,
+        disable_licm=WHOLE_ROW,
     ):
         rows = first_row + tl.arange(0, BLOCK_Q)
         q = signed(load_rows(q_ptr, rows, stride_qt, stride_qd, length_q, D, BLOCK_D, True), SIGN)
@@ -125,7 +129,9 @@ def varlen_attention_kernel(
         else:
             whole = length_k // BLOCK_K * BLOCK_K
             for MASKED in tl.static_range(2):  # the tiles without a mask first
-                for at in tl.range(whole if MASKED else 0, length_k if MASKED else whole, BLOCK_K, num_stages=STAGES):
+                for at in tl.range(
+                    whole if MASKED else 0, length_k if MASKED else whole, BLOCK_K, num_stages=STAGES, disable_licm=True
+                ):
                     keys = at + tl.arange(0, BLOCK_K)
                     k = load_rows(k_ptr, keys, stride_kt, stride_kd, length_k, D, BLOCK_D, MASKED == 1)
                     p, higher = exponentials(
@@ -153,7 +159,7 @@ def varlen_attention_kernel(
     if CLASS:  # noqa: SIM102
         if place == 0:
             class_lse = tl.sum(first_lse, axis=0)
-            for at in range(0, 1 if WHOLE_ROW else length_k, BLOCK_K):
+            for at in tl.range(0, 1 if WHOLE_ROW else length_k, BLOCK_K, num_stages=1 if WHOLE_ROW else 2):
                 keys = at + tl.arange(0, BLOCK_K)
                 if not WHOLE_ROW:
                     k = load_rows(k_ptr, keys, stride_kt, stride_kd, length_k, D, BLOCK_D, True)
@@ -173,6 +179,7 @@ def varlen_attention_kernel(
                     D,
                     SIGN,
                     HAS_BIAS,
+                    WHOLE_ROW,
                     BLOCK_D,
                     PRECISION,
                 )
@@ -209,7 +216,8 @@ def varlen_attention(
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     max_seqlen_q, max_seqlen_k = min(max_seqlen_q, tokens), min(max_seqlen_k, num_keys)
     has_bias, class_row, mean = key_bias is not None, scores == CLASS_SCORES, scores == MEAN_SCORES
-    plan = attention_plan(q, value_dim, batch, max_seqlen_q, max_seqlen_k, has_bias=has_bias, mean=mean)
+    extras = {"has_bias": has_bias, "class_row": class_row, "mean": mean}
+    plan = attention_plan(q, value_dim, batch, max_seqlen_q, max_seqlen_k, **extras)
     work = work_list(tokens, batch, max_seqlen_q, plan.span)
     out = q.new_empty(tokens, heads, value_dim)
     lse = q.new_empty(tokens, heads, dtype=torch.float32)

@@ -165,7 +165,7 @@ def images_backward_kernel(
     grad_rows = grad_ptr + (starts + P + row * GRID_W + column)[:, None] * stride_gr
     k = tl.program_id(0) % TILES_K * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for start in range(0, D, BLOCK_D):
+    for start in tl.range(0, D, BLOCK_D, disable_licm=True):  # what is hoisted spills
         d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         grad = tl.load(grad_rows + d[None, :] * stride_gd, mask=live[:, None] & (d < D)[None, :], other=0.0)
         mask = (d < D)[:, None] & (k < PITCH)[None, :]

@@ -257,7 +257,7 @@ def varlen_attention_bwd_q_kernel(
     lse = tl.load(lse_ptr + tokens * H + head, mask=there, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key, no probability
     grad_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for first in range(0, length_k, BLOCK_K):
+    for first in tl.range(0, length_k, BLOCK_K, disable_licm=True):  # what is hoisted spills
         keys = first + tl.arange(0, BLOCK_K)
         live = keys < length_k
         tokens_k = start_k + keys

@@ -354,7 +354,7 @@ def _multiprocessors(tensor: Tensor) -> int:
 
 
 ROW_KEYS = 1024  # keys of a class row held in registers; beyond, rows are cut
-ROW_VALUES = 8192  # of k at a time: 32 values for each thread of 8 warps
+ROW_VALUES = 8192  # of k at a time: 64 values for each thread of 4 warps; with 8, sm_100 spills
 
 
 def class_row(longest: int, dim: int) -> tuple[int, int, int]:
@@ -362,7 +362,7 @@ def class_row(longest: int, dim: int) -> tuple[int, int, int]:
     keys = min(max(triton.next_power_of_2(longest), 16), ROW_KEYS)
     # 16 columns of a half dtype are a sector of memory: narrower slices would read it twice
     columns = min(triton.next_power_of_2(max(dim, 1)), max(16, ROW_VALUES // keys))
-    return keys, columns, 8 if keys * columns >= ROW_VALUES else 4
+    return keys, columns, 8 if keys * columns > ROW_VALUES else 4
 
 
 class AttentionTile(NamedTuple):
@@ -371,6 +371,7 @@ class AttentionTile(NamedTuple):
     queries: int
     keys: int
     warps: int
+    stages: int = 2
 
 
 def attention_backward_tiles(device: torch.device, longest_k: int, dim: int, half: bool) -> tuple[AttentionTile, ...]:
@@ -386,7 +387,8 @@ def attention_backward_tiles(device: torch.device, longest_k: int, dim: int, hal
     keys = max(32, triton.next_power_of_2(longest_k))
     if half:
         if keys <= (128 if narrow else 64) * (2 if hopper else 1):
-            return (AttentionTile(32 if hopper or narrow else 16, keys, 4 if narrow and keys <= 64 else eight),)
+            stages = 1 if here == 8 and keys > 64 else 2  # a second one spills
+            return (AttentionTile(32 if hopper or narrow else 16, keys, 4 if narrow and keys <= 64 else eight, stages),)
         if narrow:
             return AttentionTile(64, 64, 4), AttentionTile(32, 64, 4)
         return AttentionTile(64, 32, 4), AttentionTile(32, 64, eight)

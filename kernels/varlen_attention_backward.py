@@ -403,11 +403,10 @@ def varlen_attention_backward(
         "PRECISION": dot_precision(),
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
         "BLOCK_DV": max(16, triton.next_power_of_2(value_dim)),
-        "num_stages": 2,
     }
 
     def sizes(tile: AttentionTile) -> dict[str, int]:
-        return {"BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "num_warps": tile.warps}
+        return {"BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
 
     tile, *second = attention_backward_tiles(q.device, longest_k, max(dim, value_dim), q.element_size() == 2)
     with on_device_of(q):

@@ -159,7 +159,7 @@ def varlen_attention_bwd_row_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    head, image = tl.program_id(0) % H, tl.program_id(0) // H
+    head, image = (tl.program_id(0) % H).to(tl.int64), tl.program_id(0) // H
     end, total = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64) * H, tl.cast(num_queries, tl.int64) * H
     zero_behind(grad_q_ptr, end * D, total * D, BLOCK_K * BLOCK_D)
     end, total = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64) * H, tl.cast(num_keys, tl.int64) * H
@@ -235,7 +235,7 @@ def varlen_attention_bwd_q_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     program = tl.program_id(0)
-    head, tile, image = program % H, program // H % num_tiles, program // H // num_tiles
+    head, tile, image = (program % H).to(tl.int64), program // H % num_tiles, program // H // num_tiles
     end = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
     zero_behind(grad_q_ptr, end * (H * D), tl.cast(num_queries, tl.int64) * (H * D), BLOCK_Q * BLOCK_D)
     start_q = tl.load(cu_seqlens_q_ptr + image).to(tl.int64)
@@ -320,7 +320,7 @@ def varlen_attention_bwd_k_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     program = tl.program_id(0)
-    head, tile, image = program % H, program // H % num_tiles, program // H // num_tiles
+    head, tile, image = (program % H).to(tl.int64), program // H % num_tiles, program // H // num_tiles
     end, total = tl.load(cu_seqlens_k_ptr + batch).to(tl.int64) * H, tl.cast(num_keys, tl.int64) * H
     zero_behind(grad_k_ptr, end * D, total * D, BLOCK_K * BLOCK_D)
     zero_behind(grad_v_ptr, end * DV, total * DV, BLOCK_K * BLOCK_DV)

@@ -62,10 +62,10 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def generation(device: torch.device) -> int:
-    """NVIDIA's; 0 for AMD's. On the CPU kernels are compiled ahead of time, for a driver's target, or interpreted."""
+    """NVIDIA's; 0 for AMD's. On the CPU: of the target that kernels are compiled for ahead of time, or Hopper."""
     if device.type == "cuda":
         return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
-    if INTERPRETED.value:
+    if INTERPRETED.value or driver._active is None:  # nobody has chosen a target
         return 9
     target = driver.active.get_current_target()
     return 0 if target.backend == "hip" else target.arch // 10

@@ -26,7 +26,7 @@ def row_tile(columns: int) -> tuple[int, int]:
 
 
 # of token_select
-LONGEST_TILE = 4096  # an image up to this length stays in registers: 8 values for each thread of 16 warps
+LONGEST_TILE = 4096  # an image up to this length stays in registers: 16 values for each thread of 8 warps
 PIECE = 1024  # of an image that may be longer, or whose length nobody bounded: most are shorter than this
 RANKED = 256  # entries in score order up to which all pairs cost less than a sort's stages
 COMPARED = 16  # entries that a tile is compared with at once: 16 pairs for each thread of 8 warps
@@ -38,7 +38,14 @@ def image_tile(longest: int) -> tuple[bool, int, int]:
     if longest > LONGEST_TILE:
         return False, PIECE, 4
     block = max(16, triton.next_power_of_2(longest))
-    return True, block, min(max(1, block // 256), 16)
+    return True, block, min(max(1, block // 256), 8)
+
+
+def selection_options(block: int, warps: int, device: torch.device) -> dict[str, int]:
+    """Registers that a thread may take: left alone, the assembler spills a few to fit one more program."""
+    if warps < 4 or generation(device) == 0:  # AMD's compiler knows no such option
+        return {}
+    return {"maxnreg": 255 if warps == 8 and block > 2048 else 128}
 
 
 def ranking_tile(longest: int) -> tuple[bool, int, int]:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import COMPARED, batch_tile, image_tile, on_device_of, ranking_tile
+from ._launch import COMPARED, batch_tile, image_tile, on_device_of, ranking_tile, selection_options
 from ._math import rounded
 from ._rows import fill_behind, kept_before, kept_counts, put_offsets
 
@@ -431,6 +431,7 @@ def token_select(
                 PLACE_BITS=SHORT_PLACE_BITS if longest <= 1 << SHORT_PLACE_BITS else LONG_PLACE_BITS,
                 BLOCK_BITS=block.bit_length() - 1,
                 num_warps=warps,
+                **selection_options(block, warps, given.device),
             )
         else:
             one_tile, block, warps = image_tile(longest)
@@ -446,5 +447,6 @@ def token_select(
                 ONE_TILE=one_tile,
                 BLOCK=block,
                 num_warps=warps,
+                **selection_options(block, warps, given.device),
             )
     return out, out_offsets, dropped, dropped_offsets

@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/mtvit-ops compare --out demo-output
 
 test: setup
-	$(BIN)/python -m pytest tests -q $(TESTS)
+	$(BIN)/python -m pytest tests -q -n 2 $(TESTS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/kernels tests/nn/test_triton_models.py -q -n 2 -k triton-cpu $(TESTS)
 
 bench: setup

@@ -41,6 +41,11 @@ def image_tile(longest: int) -> tuple[bool, int, int]:
     return True, block, min(max(1, block // 256), 8)
 
 
+def roomy(device: torch.device, registers: int = 255) -> dict[str, int]:
+    """Registers that a thread may take: left alone, the assembler spills a few to fit one more program."""
+    return {"maxnreg": registers} if generation(device) > 0 else {}  # AMD's compiler knows no such option
+
+
 def selection_options(block: int, warps: int, device: torch.device) -> dict[str, int]:
     """Registers that a thread may take: left alone, the assembler spills a few to fit one more program."""
     if warps < 4 or generation(device) == 0:  # AMD's compiler knows no such option

@@ -18,10 +18,12 @@ from ._launch import (
     PATCH_STAGES,
     PATCH_WARPS,
     dot_precision,
+    generation,
     image_column_tile,
     on_device_of,
     patch_columns,
     patch_tile,
+    roomy,
     weight_spans,
 )
 from ._math import dot, rounded
@@ -264,6 +266,7 @@ def _weight_gradient(grad: Tensor, images: Tensor, plan: Plan, length: int, size
             BLOCK_D=block_d,
             BLOCK_K=block_k,
             num_warps=PATCH_WARPS,
+            **roomy(grad.device),
             num_stages=PATCH_STAGES,
         )
     return partial.sum(dim=0)
@@ -276,6 +279,7 @@ def _image_gradients(
     # patches that overlap are added up one set at a time: in float32
     out = images.new_zeros(images.shape, dtype=torch.float32 if overlaps else images.dtype)
     block_m, block_d = patch_tile(images.dtype)
+    wide_on_ampere = images.dtype == torch.float32 and generation(grad.device) == 8  # elsewhere it spills more
     with on_device_of(grad):
         for tail, (weight, stride, padding) in enumerate(steps):
             sizes = geometry(images, prefix, weight, tail, stride, padding)
@@ -310,6 +314,7 @@ def _image_gradients(
                         BLOCK_D=block_d,
                         BLOCK_K=block_k,
                         num_warps=PATCH_WARPS,
+                        **(roomy(grad.device) if wide_on_ampere else {}),
                         num_stages=PATCH_STAGES,
                     )
     return out.to(images.dtype)

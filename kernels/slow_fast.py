@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import IMAGE_WARPS, image_column_tile, image_row_tile, on_device_of
+from ._launch import IMAGE_WARPS, image_column_tile, image_row_tile, on_device_of, roomy
 from ._math import rounded
 
 ONES, AS_THEY_ARE, NORMALIZED = 0, 1, 2  # how entries are weighted
@@ -224,6 +224,7 @@ def slow_fast_merge_backward(
             BLOCK_T=block_t,
             BLOCK_D=block_d,
             num_warps=IMAGE_WARPS,
+            **roomy(grad.device, 128),
         )
     return grad_x, grad_weights
 

@@ -68,7 +68,9 @@ def test_every_kernel_compiles_for_every_target(rows: list[dict[str, Any]]) -> N
     jitted = {name for path in KERNELS for name in kernels_of(path.read_text())}
     assert jitted
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        assert {row["kernel"] for row in rows if row["target"] == target} == jitted, target
+        # where means always take a launch of their own there are no partial sums to add
+        spare = {"add_partials_kernel"} if target != "sm_90" else set()
+        assert jitted - spare <= {row["kernel"] for row in rows if row["target"] == target} <= jitted, target
     assert all(row["registers"] > 0 for row in rows)
 
 

@@ -263,20 +263,12 @@ def test_halting_step_is_the_reference(seed: int, library: ctypes.CDLL) -> None:
     listed, num_rows = sum(lengths), sum(lengths) + generator.randrange(1, 6)
     rows = torch.cat((torch.randperm(num_rows)[:listed], torch.full((2,), -1))).int()
     x = torch.randn(num_rows, 3)
-    x[:, 0] = torch.tensor([-3.0, 0.0, 2.0]).repeat(num_rows)[:num_rows]  # far from the bar
+    x[:, 0] = torch.tensor([-3.0, 0.0, 2.0]).repeat(num_rows)[:num_rows]  # far from the bar, or at it to the bit
+    eps = (0.01, 0.5)[seed % 2]
     cumulative = torch.rand(num_rows).mul(8).floor().div(8)
     state = cumulative, 1 - cumulative, torch.rand(num_rows), torch.arange(num_rows).int(), torch.randn(2, 3)
-    arguments = (
-        x,
-        rows,
-        offsets(lengths),
-        torch.tensor([0, num_rows - 1]).int(),
-        *state,
-        1.0,
-        0.0,
-        0.01,
-        seed % 3 == 0,
-    )
+    readout, gate = torch.tensor([0, num_rows - 1]).int(), (1.0, 0.0, eps, seed % 3 == 0)
+    arguments = (x, rows, offsets(lengths), readout, *state, *gate)
     wanted = halting_reference.halting_step(*arguments)
     for mode in MODES.values():
         got = host_halting(library, mode, *arguments)

@@ -61,7 +61,7 @@ MTVIT_DEVICE void pack_image(Block& block, const MtvitHalting& s, int64_t image,
   const Kept all = scanned ? Kept{s.next_cu[image], s.next_cu[s.batch]}
                            : count_images(block, s.batch, image, [&](int64_t i) { return s.counts[i]; });
   fill_dead(block, image, blocks, s.next, all.total, s.tokens);
-  if (image == 0 && block.thread == 0) s.next_cu[0] = 0;
+  if (image == 0 && block.thread == 0 && !scanned) s.next_cu[0] = 0;
   if (image >= s.batch) return;  // a batch of none
   const int first = span_of(s.cu_seqlens, s.tokens, image).first, count = s.counts[image];
   if (block.thread == 0 && !scanned) s.next_cu[image + 1] = all.before + count;

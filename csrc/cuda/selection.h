@@ -104,7 +104,10 @@ MTVIT_DEVICE void select_image(Block& block, const MtvitSelection& s, int64_t im
     const int live = offset_of(s.cu_seqlens, s.tokens, s.batch);
     fill_dead(block, image, blocks, s.dropped, live - all.total, s.dropped_capacity);
   }
-  if (image == 0 && block.thread == 0) s.out_cu[0] = s.dropped_cu[0] = 0;
+  if (image == 0 && block.thread == 0) {
+    s.dropped_cu[0] = 0;
+    if (!scanned) s.out_cu[0] = 0;
+  }
   if (image >= s.batch) return;  // a batch of none
 
   const Span span = rule.span(image);

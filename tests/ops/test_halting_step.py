@@ -158,6 +158,7 @@ def test_a_sum_of_exactly_one_minus_eps_halts_without_weight(backend: str, devic
     assert step.cu_seqlens.tolist() == [0, 0]
     assert step.state.cumulative.item() == 0.5
     assert step.state.counters.item() == 1
+    assert step.state.ponder.item() == 1  # without the remainder
     assert_equal("output", step.state.output, before.output)
 
 

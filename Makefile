@@ -59,5 +59,6 @@ $(NVCC)/.installed: $(VENV)/.requirements requirements-cuda.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.requirements $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	# without the extension everything would be slow, and pip keeps the warning to itself
+	MTVIT_OPS_BUILD_EXT=1 $(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@

@@ -11,11 +11,9 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "tensors.h"
 
 namespace mtvit_ops {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <typename... Args>
 [[noreturn]] void fail(const Args&... args) {
@@ -69,7 +67,7 @@ inline Dtype check_dtype(const char* name, const Tensor& t) {
 inline Tensor int32_vector(const char* name, const Tensor& t) {
   check_dim(name, t, 1, "(N,)");
   MTVIT_CHECK(t.scalar_type() == ScalarType::Int, name, " must be int32");
-  return torch::stable::contiguous(t);
+  return as_contiguous(t);
 }
 
 inline Tensor cu_seqlens_vector(const char* name, const Tensor& t) {
@@ -114,7 +112,7 @@ inline void check_rows(const int32_t* rows, int64_t count, int64_t num_rows, con
 // A float32 copy of a small tensor where it is not float32 and contiguous already.
 inline Tensor as_float32(const char* name, const Tensor& t) {
   MTVIT_CHECK(t.is_cpu() && is_float(t.scalar_type()), name, " must be a floating-point CPU tensor");
-  return torch::stable::contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+  return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 
 // Rows that make a thread's least share: some 32 thousand numbers, a few microseconds.

@@ -16,7 +16,7 @@ struct View {
 
 // A last stride other than 1 costs a copy.
 inline Tensor dense_last(const Tensor& t) {
-  return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(2) <= 1 || t.stride(2) == 1 ? t : as_contiguous(t);
 }
 
 inline View view(const Tensor& t) {

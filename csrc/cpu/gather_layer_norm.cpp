@@ -21,7 +21,7 @@ const float* parameter(const char* name, const Tensor& given, const Tensor& x, s
   check_length(name, given, x.size(1));
   MTVIT_CHECK(given.scalar_type() == x.scalar_type() || given.scalar_type() == ScalarType::Float, name,
               " must be float32 or have x's dtype");
-  if (!given.is_contiguous()) packed = torch::stable::contiguous(given);
+  if (!given.is_contiguous()) packed = as_contiguous(given);
   const Tensor& t = packed ? *packed : given;
   if (t.scalar_type() == ScalarType::Float) return data<float>(t);
   copy.resize(static_cast<size_t>(t.size(0)));
@@ -29,13 +29,12 @@ const float* parameter(const char* name, const Tensor& given, const Tensor& x, s
   return copy.data();
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& tokens, std::optional<Tensor> rows,
-                                                     const Tensor& weight, const Tensor& bias, double eps) {
+// `mean` and `rstd` are made where they are wanted.
+Tensor normalise(const Tensor& tokens, const std::optional<Tensor>& rows, const Tensor& weight, const Tensor& bias,
+                 double eps, Tensor* mean, Tensor* rstd) {
   check_dim("x", tokens, 2, "(R, D)");
   // a last stride other than 1 costs a copy
-  const Tensor x = tokens.size(1) <= 1 || tokens.stride(1) == 1 ? tokens : torch::stable::contiguous(tokens);
+  const Tensor x = tokens.size(1) <= 1 || tokens.stride(1) == 1 ? tokens : as_contiguous(tokens);
   const Dtype dtype = check_dtype("x", x);
   const int64_t d = x.size(1);
   std::vector<float> weight_copy, bias_copy;
@@ -48,25 +47,37 @@ std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& tokens, std::
     check_rows(data<int32_t>(list), list.size(0), x.size(0));
   }
   const int64_t count = rows ? list.size(0) : x.size(0);
-  Tensor out = torch::stable::new_empty(x, {count, d});
-  Tensor mean = torch::stable::new_empty(x, {count}, ScalarType::Float);
-  Tensor rstd = torch::stable::new_empty(x, {count}, ScalarType::Float);
+  Tensor out = empty_as(x, std::array{count, d});
   LayerNormTask t{};
+  if (mean != nullptr) t.mean = mutable_data<float>(*mean = empty_float32(std::array{count}));
+  if (rstd != nullptr) t.rstd = mutable_data<float>(*rstd = empty_float32(std::array{count}));
   t.dtype = dtype;
   t.x = x.data_ptr();
   t.rows = rows ? data<int32_t>(list) : nullptr;
   t.weight = weights;
   t.bias = biases;
   t.out = out.data_ptr();
-  t.mean = mutable_data<float>(mean);
-  t.rstd = mutable_data<float>(rstd);
   t.d = d;
   t.x_stride = x.stride(0);
   t.eps = static_cast<float>(eps);
   const Kernels& native = kernels();
   torch::stable::parallel_for(0, count, row_grain(d),
                               [&](int64_t begin, int64_t end) { native.layer_norm(t, begin, end); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& tokens, std::optional<Tensor> rows,
+                                                     const Tensor& weight, const Tensor& bias, double eps) {
+  Tensor mean, rstd;
+  const Tensor out = normalise(tokens, rows, weight, bias, eps, &mean, &rstd);
   return {out, mean, rstd};
+}
+
+}  // namespace
+
+Tensor layer_norm_rows(const Tensor& tokens, const std::optional<Tensor>& rows, const Tensor& weight,
+                       const Tensor& bias, double eps) {
+  return normalise(tokens, rows, weight, bias, eps, nullptr, nullptr);
 }
 
 }  // namespace mtvit_ops

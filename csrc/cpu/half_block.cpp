@@ -20,10 +20,10 @@ Tensor attention_half_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_se
                        const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& qkv_weight,
                        std::optional<Tensor> qkv_bias, int64_t heads, double scale, int64_t scores,
                        const Tensor& proj_weight, std::optional<Tensor> proj_bias) {
-  const Tensor h = std::get<0>(gather_layer_norm(x, rows, norm_weight, norm_bias, eps));
+  const Tensor h = layer_norm_rows(x, rows, norm_weight, norm_bias, eps);
   const Tensor qkv = onednn_linear(h, qkv_weight, qkv_bias);
   const auto [out, lse, received] = packed_attention(qkv, heads, cu_seqlens, max_seqlen, scale, scores);
-  const Tensor flat = torch::stable::view(out, {out.size(0), out.size(1) * out.size(2)});
+  const Tensor flat = as_matrix(out, out.size(1) * out.size(2));
   scatter_residual_(x, rows, onednn_linear(flat, proj_weight, proj_bias), std::nullopt);
   return received;
 }
@@ -31,13 +31,9 @@ Tensor attention_half_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_se
 void feed_forward_half_(Tensor x, std::optional<Tensor> rows, const Tensor& norm_weight, const Tensor& norm_bias,
                         double eps, const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
                         std::optional<Tensor> fc2_bias) {
-  const Tensor h = std::get<0>(gather_layer_norm(x, rows, norm_weight, norm_bias, eps));
+  const Tensor h = layer_norm_rows(x, rows, norm_weight, norm_bias, eps);
   const Tensor hidden = onednn_linear(h, fc1_weight, fc1_bias, true);
   scatter_residual_(x, rows, onednn_linear(hidden, fc2_weight, fc2_bias), std::nullopt);
-}
-
-std::string half_block_missing() {
-  return onednn_linear_missing();
 }
 
 }  // namespace
@@ -51,7 +47,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
   m.def(
       "feed_forward_half_(Tensor(a!) x, Tensor? rows, Tensor norm_weight, Tensor norm_bias, float eps, "
       "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias) -> ()");
-  m.def("half_block_missing() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
@@ -63,8 +58,4 @@ STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, MkldnnCPU, m) {
   m.impl("attention_half_", TORCH_BOX(&mtvit_ops::attention_half_));
   m.impl("feed_forward_half_", TORCH_BOX(&mtvit_ops::feed_forward_half_));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CompositeExplicitAutograd, m) {
-  m.impl("half_block_missing", TORCH_BOX(&mtvit_ops::half_block_missing));
 }

@@ -25,10 +25,10 @@ struct Gate {
 };
 
 // A float32 or int32 copy of a state vector, to be updated.
-Tensor copy_of(const char* name, const Tensor& t, int64_t length, ScalarType type) {
+Tensor state_copy(const char* name, const Tensor& t, int64_t length, ScalarType type) {
   check_length(name, t, length);
   MTVIT_CHECK(t.scalar_type() == type, name, " must be ", type == ScalarType::Int ? "int32" : "float32");
-  return torch::stable::clone(torch::stable::contiguous(t));
+  return copy_of<1>(t);
 }
 
 struct State {
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> halti
     const Tensor& output, double gate_scale, double gate_center, double eps, bool last) {
   check_dim("x", tokens, 2, "(R, D)");
   // a last stride other than 1 costs a copy
-  const Tensor x = tokens.size(1) <= 1 || tokens.stride(1) == 1 ? tokens : torch::stable::contiguous(tokens);
+  const Tensor x = tokens.size(1) <= 1 || tokens.stride(1) == 1 ? tokens : as_contiguous(tokens);
   const Dtype dtype = check_dtype("x", x);
   const int64_t num_rows = x.size(0), d = x.size(1);
   MTVIT_CHECK(d >= 1, "x must have at least one channel, got ", shape_of(x));
@@ -107,15 +107,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> halti
   MTVIT_CHECK(output.size(0) == num_readout && output.size(1) == d && output.scalar_type() == ScalarType::Float,
               "output must be float32 of shape (", num_readout, ", ", d, "), got ", shape_of(output));
 
-  Tensor new_cumulative = copy_of("cumulative", cumulative, num_rows, ScalarType::Float);
-  Tensor new_remainder = copy_of("remainder", remainder, num_rows, ScalarType::Float);
-  Tensor new_ponder = copy_of("ponder", ponder, num_rows, ScalarType::Float);
-  Tensor new_counters = copy_of("counters", counters, num_rows, ScalarType::Int);
-  Tensor new_output = torch::stable::clone(torch::stable::contiguous(output));
-  Tensor score = torch::stable::new_zeros(cumulative, {num_rows});
-  Tensor next = torch::stable::new_empty(cu, {count});
-  Tensor next_cu = torch::stable::new_zeros(cu, {batch + 1});
+  Tensor new_cumulative = state_copy("cumulative", cumulative, num_rows, ScalarType::Float);
+  Tensor new_remainder = state_copy("remainder", remainder, num_rows, ScalarType::Float);
+  Tensor new_ponder = state_copy("ponder", ponder, num_rows, ScalarType::Float);
+  Tensor new_counters = state_copy("counters", counters, num_rows, ScalarType::Int);
+  Tensor new_output = copy_of<2>(output);
+  Tensor score = empty_float32(std::array{num_rows});
+  Tensor next = empty_int32(std::array{count});
+  Tensor next_cu = empty_int32(std::array{batch + 1});
 
+  std::fill_n(mutable_data<float>(score), num_rows, 0.0f);
   std::vector<float> share(static_cast<size_t>(num_rows), 0.0f);
   std::vector<int32_t> going(static_cast<size_t>(count)), counts(static_cast<size_t>(batch));
   const Gate gate{static_cast<float>(gate_scale), static_cast<float>(gate_center), static_cast<float>(1.0 - eps), last};
@@ -137,6 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> halti
 
   auto* out = mutable_data<int32_t>(next);
   auto* ends = mutable_data<int32_t>(next_cu);
+  ends[0] = 0;
   for (int64_t b = 0; b < batch; ++b) {
     ends[b + 1] = ends[b] + counts[b];
     std::copy_n(going.data() + offsets[b], counts[b], out + ends[b]);

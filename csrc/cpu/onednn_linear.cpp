@@ -5,6 +5,8 @@
 
 #include "ops.h"
 
+#include <torch/csrc/stable/library.h>
+
 namespace mtvit_ops {
 namespace {
 
@@ -54,7 +56,7 @@ Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<
     MTVIT_CHECK(bias->scalar_type() == x.scalar_type(), "bias must have x's dtype");
   }
   // PyTorch's kernel asks for at least one of everything
-  if (x.size(0) == 0 || weight.size(0) == 0) return torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  if (x.size(0) == 0 || weight.size(0) == 0) return empty_as(x, std::array{x.size(0), weight.size(0)});
   MTVIT_CHECK(x.size(1) > 0, "x must have at least one feature, got ", shape_of(x));
   Handle bias_handle = bias ? bias->get() : nullptr;
   const char* algorithm = gelu ? "none" : "";  // "none" is GELU by erf, not by tanh
@@ -65,4 +67,19 @@ Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<
   return Tensor(out);
 }
 
+namespace {
+
+std::string why_missing() {
+  return onednn_linear_missing();
+}
+
+}  // namespace
 }  // namespace mtvit_ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
+  m.def("onednn_linear_missing() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CompositeExplicitAutograd, m) {
+  m.impl("onednn_linear_missing", TORCH_BOX(&mtvit_ops::why_missing));
+}

@@ -9,9 +9,9 @@
 
 namespace mtvit_ops {
 
-// out (T, D), mean (T,), rstd (T,)
-std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& tokens, std::optional<Tensor> rows,
-                                                     const Tensor& weight, const Tensor& bias, double eps);
+// gather_layer_norm without what only its gradient needs: out (T, D).
+Tensor layer_norm_rows(const Tensor& tokens, const std::optional<Tensor>& rows, const Tensor& weight,
+                       const Tensor& bias, double eps);
 
 void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, std::optional<Tensor> scale);
 

@@ -35,7 +35,7 @@ void layer_norm_rows(const LayerNormTask& t, int64_t begin, int64_t end) {
     const int64_t row = t.rows ? t.rows[i] : i;
     if (row < 0) {
       if (d > 0) __builtin_memset(out, 0, sizeof(T) * d);
-      t.mean[i] = t.rstd[i] = 0.0f;
+      if (t.mean) t.mean[i] = t.rstd[i] = 0.0f;
       continue;
     }
     const T* x = static_cast<const T*>(t.x) + row * t.x_stride;
@@ -54,6 +54,7 @@ void layer_norm_rows(const LayerNormTask& t, int64_t begin, int64_t end) {
       store_part<E>(out + full, normal * load_part<F32>(t.weight + full, rest) + load_part<F32>(t.bias + full, rest),
                     rest);
     }
+    if (!t.mean) continue;
     t.mean[i] = mean;
     t.rstd[i] = rstd;
   }

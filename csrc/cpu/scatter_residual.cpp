@@ -51,7 +51,7 @@ void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, st
   }
   if (rows) check_rows(data<int32_t>(list), count, x.size(0));
   // a last stride other than 1 costs a copy, and so does a y that lies in the memory being written
-  Tensor step = d <= 1 || y.stride(1) == 1 ? y : torch::stable::contiguous(y);
+  Tensor step = d <= 1 || y.stride(1) == 1 ? y : as_contiguous(y);
   if (overlap(x, step)) step = torch::stable::clone(step);
   t.dtype = dtype;
   t.x = x.data_ptr();

@@ -139,8 +139,8 @@ void check_counts(const Selection& s) {
 }
 
 template <typename S>
-std::tuple<Tensor, Tensor, Tensor, Tensor> select(Selection& s, const S* scores, const Tensor& cu, int64_t capacity,
-                                                  bool return_dropped, int64_t dropped_capacity) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> select(Selection& s, const S* scores, int64_t capacity, bool return_dropped,
+                                                  int64_t dropped_capacity) {
   constexpr int64_t kImages = 8;  // a thread's least share: an image takes microseconds
   std::vector<int64_t> counts(static_cast<size_t>(s.batch));
   torch::stable::parallel_for(0, s.batch, kImages, [&](int64_t begin, int64_t end) {
@@ -153,12 +153,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(Selection& s, const S* scores,
   MTVIT_CHECK_VALUE(!return_dropped || num_dropped <= dropped_capacity, "dropped_capacity must be at least ",
                     num_dropped, ", got ", dropped_capacity);
 
-  Tensor out = torch::stable::new_empty(cu, {capacity});
-  Tensor out_cu = torch::stable::new_zeros(cu, {s.batch + 1});
-  Tensor dropped = torch::stable::new_empty(cu, {return_dropped ? dropped_capacity : 0});
-  Tensor dropped_cu = torch::stable::new_zeros(cu, {s.batch + 1});
+  Tensor out = empty_int32(std::array{capacity}), out_cu = empty_int32(std::array{s.batch + 1});
+  Tensor dropped = empty_int32(std::array{return_dropped ? dropped_capacity : 0});
+  Tensor dropped_cu = empty_int32(std::array{s.batch + 1});
   auto* ends = mutable_data<int32_t>(out_cu);
   auto* dropped_ends = mutable_data<int32_t>(dropped_cu);
+  ends[0] = 0;
+  std::fill_n(dropped_ends, s.batch + 1, 0);
   for (int64_t b = 0; b < s.batch; ++b) {
     ends[b + 1] = ends[b] + static_cast<int32_t>(counts[b]);
     if (return_dropped) dropped_ends[b + 1] = dropped_ends[b] + static_cast<int32_t>(s.length(b) - counts[b]);
@@ -178,6 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(Selection& s, const S* scores,
 // What `scores > threshold` compares with in PyTorch: the number in the scores' dtype.
 double threshold_in(ScalarType type, double threshold, const Tensor& like) {
   if (type == ScalarType::Double) return threshold;
+  if (type == ScalarType::Float) return static_cast<float>(threshold);
   Tensor number = torch::stable::new_empty(like, {1}, ScalarType::Double);
   *mutable_data<double>(number) = threshold;
   return *data<float>(torch::stable::to(torch::stable::to(number, type), ScalarType::Float));
@@ -220,21 +222,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_select(std::optional<Tensor> sc
   if (mask) {
     check_length("mask", *mask, entries);
     MTVIT_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-    flags = torch::stable::contiguous(*mask);
+    flags = as_contiguous(*mask);
     s.mask = data<bool>(flags);
   }
   check_cu_seqlens("cu_seqlens", s.cu, s.batch, entries);
   if (s.ranked) check_counts(s);
   if (scores && scores->scalar_type() == ScalarType::Double) {
     s.threshold = threshold;
-    values = torch::stable::contiguous(*scores);
-    return select(s, data<double>(values), cu, capacity, return_dropped, dropped_capacity);
+    values = as_contiguous(*scores);
+    return select(s, data<double>(values), capacity, return_dropped, dropped_capacity);
   }
   if (scores) {
     values = as_float32("scores", *scores);
     if (threshold) s.threshold = threshold_in(scores->scalar_type(), *threshold, values);
   }
-  return select(s, scores ? data<float>(values) : nullptr, cu, capacity, return_dropped, dropped_capacity);
+  return select(s, scores ? data<float>(values) : nullptr, capacity, return_dropped, dropped_capacity);
 }
 
 }  // namespace

@@ -161,9 +161,9 @@ Attended attend(const Problem& p, const Tensor& like, double scale, const std::o
     o.bias_token = bias.dim() == 2 ? p.heads : 1;
     o.bias_head = bias.dim() == 2 ? 1 : 0;
   }
-  Tensor out = torch::stable::new_empty(like, {p.total_q, p.heads, p.dv});
-  Tensor lse = torch::stable::new_empty(like, {p.total_q, p.heads}, ScalarType::Float);
-  Tensor token_scores = torch::stable::new_empty(like, {mode == kNone ? 0 : p.total_k, p.heads}, ScalarType::Float);
+  Tensor out = empty_as(like, std::array{p.total_q, p.heads, p.dv});
+  Tensor lse = empty_float32(std::array{p.total_q, p.heads});
+  Tensor token_scores = empty_float32(std::array{mode == kNone ? 0 : p.total_k, p.heads});
   o.out = mutable_data<char>(out);
   o.lse = mutable_data<float>(lse);
   o.scores = mutable_data<float>(token_scores);

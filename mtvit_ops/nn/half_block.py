@@ -30,29 +30,35 @@ def attention_half_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor |
 
     None: it cannot serve here, and nothing was done.
     """
-    attn, norm, x = block.attn, block.norm1, tokens.x
+    x = tokens.x
+    parts: dict[str, Any] = block._modules
+    attn = parts["attn"]
     halves = _halves_for(x)
-    if halves is None or not (is_plain(attn) and is_plain_norm(norm)):
+    if halves is None or not is_plain(attn):
         return None
-    qkv, proj = _weights(x, attn.qkv), _weights(x, attn.proj)
-    if qkv is None or proj is None:
+    norm = _affine(parts["norm1"])
+    qkv, proj = _weights(x, attn._modules["qkv"]), _weights(x, attn._modules["proj"])
+    if norm is None or qkv is None or proj is None:
         return None
     return halves.attention(
-        *(x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, norm.weight, norm.bias, norm.eps),
+        *(x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, *norm),
         *(*qkv, attn.num_heads, attn.scale, scores, *proj),
     )
 
 
 def feed_forward_half_(block: Block, tokens: RaggedTokens) -> bool:
     """``x[rows] += fc2(gelu(fc1(norm2(x[rows]))))``; False: it cannot serve here, and nothing was done."""
-    mlp, norm, x = block.mlp, block.norm2, tokens.x
+    x = tokens.x
+    parts: dict[str, Any] = block._modules
+    mlp = parts["mlp"]
     halves = _halves_for(x)
-    if halves is None or not (is_plain(mlp) and is_plain_norm(norm)):
+    if halves is None or not is_plain(mlp):
         return False
-    fc1, fc2 = _weights(x, mlp.fc1), _weights(x, mlp.fc2)
-    if fc1 is None or fc2 is None:
+    norm = _affine(parts["norm2"])
+    fc1, fc2 = _weights(x, mlp._modules["fc1"]), _weights(x, mlp._modules["fc2"])
+    if norm is None or fc1 is None or fc2 is None:
         return False
-    halves.feed_forward(x, tokens.rows, norm.weight, norm.bias, norm.eps, *fc1, *fc2)
+    halves.feed_forward(x, tokens.rows, *norm, *fc1, *fc2)
     return True
 
 
@@ -60,7 +66,7 @@ def feed_forward_half_(block: Block, tokens: RaggedTokens) -> bool:
 def _native_halves() -> _Halves | None:
     if not _extension.has_extension():
         return None  # said elsewhere
-    missing = native_operator("half_block_missing")()
+    missing = native_operator("onednn_linear_missing")()
     if missing:
         _backend.say_once(logging.INFO, f"blocks run as single operators on the CPU, since {missing}")
         return None
@@ -82,15 +88,31 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
-    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and is_plain(norm)
+    return _affine(norm) is not None
 
 
-def _weights(x: Tensor, layer: nn.Module) -> tuple[Any, Any] | None:
+# Parameters are read from the dicts that hold them: a module's attribute look-up would cost more than all checks here.
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor, float] | None:
+    """Weight, bias and epsilon; None: the layer norm must run itself."""
+    if not (type(norm) is nn.LayerNorm and is_plain(norm)):
+        return None
+    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    if weight is None or bias is None:
+        return None
+    return weight, bias, norm.eps
+
+
+def _weights(x: Tensor, layer: Any) -> tuple[Tensor, Tensor | None] | None:
     """Weight, packed where the layer packs it, and bias; None: the layer must run itself."""
     packs = type(layer) is PackedLinear
     if not ((packs or type(layer) is nn.Linear) and is_plain(layer)):
         return None
-    weight, bias = layer.weight, layer.bias
+    parameters = layer._parameters
+    weight = parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.dtype is not x.dtype or weight.numel() == 0:
         return None
-    return (layer.packed_weight(weight) if packs else weight), bias  # type: ignore[operator]
+    if "bias" not in parameters:  # it is computed
+        return None
+    return (layer.packed_weight(weight) if packs else weight), parameters["bias"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _backend
+from .._onednn import onednn_dtypes
 
 
 def linear(x: Tensor, layer: nn.Module, *, gelu: bool = False) -> Tensor:
@@ -168,22 +169,8 @@ def onednn_serves(x: Tensor) -> bool:
         return False
     if x.numel() == 0 or torch.is_autocast_enabled("cpu"):
         return False
-    return x.dtype in _onednn_dtypes() and _backend.preferred_backend() != "reference"
+    return x.dtype in onednn_dtypes() and _backend.preferred_backend() != "reference"
 
 
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
     return weight.dtype is x.dtype and weight.numel() > 0 and onednn_serves(x)
-
-
-@cache
-def _onednn_dtypes() -> tuple[torch.dtype, ...]:
-    """What oneDNN multiplies on this CPU."""
-    ops = torch.ops.mkldnn
-    if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")):
-        return ()
-    dtypes = [torch.float32]
-    if ops._is_mkldnn_bf16_supported():
-        dtypes.append(torch.bfloat16)
-    if ops._is_mkldnn_fp16_supported():
-        dtypes.append(torch.float16)
-    return tuple(dtypes)

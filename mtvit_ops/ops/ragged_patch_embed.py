@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_count, check_float, check_tensor
-from .._register import register_op
+from .._onednn import onednn_dtypes
+from .._register import native_operator, register_op
 from ..reference import ragged_patch_embed as reference
 
 
@@ -89,6 +91,17 @@ def _value_checks(images: Tensor, tails: Tensor, prefix: Tensor, weights: list[T
             raise ValueError(f"tails must be in [0, {len(weights)}), got {tail} for image {image}")
 
 
+def _refuses(images: Tensor, *_: Any) -> str | None:
+    if images.dtype not in onednn_dtypes():
+        return f"the native kernel multiplies through oneDNN, which takes no {images.dtype} here"
+    return _missing() or None
+
+
+@cache
+def _missing() -> str:
+    return native_operator("onednn_linear_missing")()
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     images, tails, prefix, weights, biases, tables, strides, paddings = inputs
     ctx.save_for_backward(images, tails, prefix, *weights, *biases, *tables)
@@ -129,6 +142,8 @@ RAGGED_PATCH_EMBED = register_op(
     reference=reference.ragged_patch_embed,
     fake=_fake,
     value_checks=_value_checks,
+    native=True,
+    refuses=_refuses,
     triton="ragged_patch_embed",
     setup_context=_setup_context,
     backward=_backward,

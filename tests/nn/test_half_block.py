@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mtvit_ops
 from mtvit_ops import _backend, pack_weights
 from mtvit_ops.nn import Block, half_block
-from mtvit_ops.nn.linear import _onednn_dtypes
+from mtvit_ops._onednn import onednn_dtypes
 from mtvit_ops.ops.varlen_attention import SCORES
 from mtvit_ops.ragged import RaggedTokens
 from mtvit_ops.testing import assert_equal, offsets
@@ -73,7 +73,7 @@ def test_same_bits(case: str, scores: str | None, dtype: torch.dtype, packed: bo
     whole = copied(tokens)
     attended, expected, _ = block.attend(copied(tokens), scores=scores)
     received = half_block.attention_half_(block, whole, SCORES[scores])
-    if dtype not in _onednn_dtypes():
+    if dtype not in onednn_dtypes():
         assert received is None
         return
     assert received is not None

@@ -1,0 +1,173 @@
+// ragged_patch_embed on the CPU: for each tail one product of the patches of its images, straight into the batch.
+//   images (B, C, H, W), tails (B,) int32, prefix (P, D), K weights (D, C, k, k), biases (D,), tables (P + patches, D)
+//   out (B * longest, D), zeros behind the live rows, and offsets (B + 1,)
+// Patches that overlap or reach into the padding are copied with what lies there. B, P or D may be 0; an image of an
+// unused tail does not exist, so unused tails cost nothing. Threads write disjoint rows.
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace mtvit_ops {
+namespace {
+
+struct Tail {
+  int64_t stride, padding, kernel_rows, kernel_columns, grid_rows, grid_columns;
+
+  int64_t patches() const { return grid_rows * grid_columns; }
+};
+
+struct Pixels {
+  const char* data;  // (B, C, H, W), contiguous
+  int64_t channels, height, width, element;
+};
+
+// One patch as a row of the product's left factor: channel after channel, line after line.
+char* copy_patch(const Pixels& p, const Tail& t, int64_t image, int64_t patch, char* out) {
+  const int64_t top = patch / t.grid_columns * t.stride - t.padding;
+  const int64_t left = patch % t.grid_columns * t.stride - t.padding;
+  const int64_t before = std::clamp<int64_t>(-left, 0, t.kernel_columns);
+  const int64_t inside = std::clamp<int64_t>(p.width - (left + before), 0, t.kernel_columns - before);
+  const int64_t after = t.kernel_columns - before - inside;
+  const auto zeros = [&](int64_t count) {
+    std::memset(out, 0, static_cast<size_t>(count * p.element));
+    out += count * p.element;
+  };
+  for (int64_t c = 0; c < p.channels; ++c) {
+    for (int64_t y = top; y < top + t.kernel_rows; ++y) {
+      if (y < 0 || y >= p.height) {
+        zeros(t.kernel_columns);
+        continue;
+      }
+      zeros(before);
+      if (inside > 0) {
+        const int64_t first = ((image * p.channels + c) * p.height + y) * p.width + left + before;
+        std::memcpy(out, p.data + first * p.element, static_cast<size_t>(inside * p.element));
+        out += inside * p.element;
+      }
+      zeros(after);
+    }
+  }
+  return out;
+}
+
+Tail tail_of(size_t index, const Tensor& images, const Tensor& prefix, const Tensor& weight, const Tensor& bias,
+             const Tensor& table, int64_t stride, int64_t padding) {
+  MTVIT_CHECK(stride >= 1 && padding >= 0, "strides must be at least 1 and paddings at least 0, got ", stride, " and ",
+              padding, " for tail ", index);
+  MTVIT_CHECK(
+      weight.is_cpu() && weight.dim() == 4 && weight.size(0) == prefix.size(1) && weight.size(1) == images.size(1),
+      "weights[", index, "] must have shape (", prefix.size(1), ", ", images.size(1), ", k, k), got ",
+      shape_of(weight));
+  check_length("biases", bias, prefix.size(1));
+  check_dim("pos_embeds", table, 2, "(P + patches, D)");
+  for (const Tensor& t : {weight, bias, table}) {
+    MTVIT_CHECK(t.scalar_type() == images.scalar_type(), "weights, biases and pos_embeds must have images' dtype");
+  }
+  Tail t{stride, padding, weight.size(2), weight.size(3), 0, 0};
+  // a padding that is no part of an image cannot overflow: it is bounded by what a table can hold
+  MTVIT_CHECK(padding <= (int64_t{1} << 30) && t.kernel_rows >= 1 && t.kernel_columns >= 1 &&
+                  images.size(2) + 2 * padding >= t.kernel_rows && images.size(3) + 2 * padding >= t.kernel_columns,
+              "images must be at least as large as tail ", index, "'s kernel, got ", shape_of(images));
+  t.grid_rows = (images.size(2) + 2 * padding - t.kernel_rows) / stride + 1;
+  t.grid_columns = (images.size(3) + 2 * padding - t.kernel_columns) / stride + 1;
+  MTVIT_CHECK(table.size(0) == prefix.size(0) + t.patches() && table.size(1) == prefix.size(1), "pos_embeds[", index,
+              "] must have shape (", prefix.size(0) + t.patches(), ", ", prefix.size(1), "), got ", shape_of(table));
+  return t;
+}
+
+std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor& tails, const Tensor& prefix,
+                                              const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                                              const std::vector<Tensor>& tables, const std::vector<int64_t>& strides,
+                                              const std::vector<int64_t>& paddings) {
+  check_dim("images", images, 4, "(B, C, H, W)");
+  check_dim("prefix", prefix, 2, "(P, D)");
+  MTVIT_CHECK(images.size(1) > 0, "images must have at least one channel, got ", shape_of(images));
+  const Dtype dtype = check_dtype("images", images);
+  MTVIT_CHECK(prefix.scalar_type() == images.scalar_type(), "prefix must have images' dtype");
+  const size_t num_tails = weights.size();
+  MTVIT_CHECK(num_tails > 0 && biases.size() == num_tails && tables.size() == num_tails &&
+                  strides.size() == num_tails && paddings.size() == num_tails,
+              "weights, biases, pos_embeds, strides and paddings must be equally many, and at least one");
+  const Tensor chosen = int32_vector("tails", tails);
+  const int64_t batch = images.size(0), dim = prefix.size(1), num_prefix = prefix.size(0);
+  MTVIT_CHECK(chosen.size(0) == batch, "tails must have shape (", batch, ",), got ", shape_of(tails));
+  std::vector<Tail> geometry;
+  int64_t longest = 0;
+  for (size_t k = 0; k < num_tails; ++k) {
+    geometry.push_back(tail_of(k, images, prefix, weights[k], biases[k], tables[k], strides[k], paddings[k]));
+    longest = std::max(longest, num_prefix + geometry[k].patches());
+  }
+
+  Tensor offsets = empty_int32(std::array{batch + 1});
+  auto* cu = mutable_data<int32_t>(offsets);
+  const auto* tail = data<int32_t>(chosen);
+  cu[0] = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    MTVIT_CHECK_VALUE(tail[b] >= 0 && tail[b] < static_cast<int64_t>(num_tails), "tails must be in [0, ", num_tails,
+                      "), got ", tail[b], " for image ", b);
+    cu[b + 1] = cu[b] + static_cast<int32_t>(num_prefix + geometry[static_cast<size_t>(tail[b])].patches());
+  }
+  Tensor x = empty_as(images, std::array{batch * longest, dim});
+  const auto element = static_cast<int64_t>(images.element_size()), row = dim * element;
+  auto* rows = mutable_data<char>(x);
+  if (row > 0) std::memset(rows + cu[batch] * row, 0, static_cast<size_t>((batch * longest - cu[batch]) * row));
+
+  const Tensor pixels = as_contiguous(images), head = as_contiguous(prefix);
+  const Pixels p{data<char>(pixels), images.size(1), images.size(2), images.size(3), element};
+  const Kernels& native = kernels();
+  const auto add = [&](char* target, const void* y, int64_t count) {
+    ScatterTask t{};
+    t.dtype = dtype;
+    t.x = target;
+    t.y = y;
+    t.d = t.x_stride = t.y_stride = dim;
+    native.scatter_residual(t, 0, count);
+  };
+  for (size_t k = 0; k < num_tails && row > 0; ++k) {
+    std::vector<int64_t> which;
+    for (int64_t b = 0; b < batch; ++b) {
+      if (tail[b] == static_cast<int64_t>(k)) which.push_back(b);
+    }
+    if (which.empty()) continue;
+    const Tail& t = geometry[k];
+    const int64_t count = static_cast<int64_t>(which.size()), depth = p.channels * t.kernel_rows * t.kernel_columns;
+    const Tensor weight = as_contiguous(weights[k]), table = as_contiguous(tables[k]);
+    Tensor patches = empty_as(images, std::array{count * t.patches(), depth});
+    auto* left = mutable_data<char>(patches);
+    torch::stable::parallel_for(0, count * t.patches(), row_grain(depth), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        copy_patch(p, t, which[static_cast<size_t>(i / t.patches())], i % t.patches(), left + i * depth * element);
+      }
+    });
+    const Tensor tokens = onednn_linear(patches, as_matrix(weight, depth), as_contiguous(biases[k]));
+    torch::stable::parallel_for(0, count, row_grain(dim * t.patches()), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        char* first = rows + cu[which[static_cast<size_t>(i)]] * row;
+        std::memcpy(first, table.data_ptr(), static_cast<size_t>((num_prefix + t.patches()) * row));
+        add(first, head.data_ptr(), num_prefix);
+        add(first + num_prefix * row, data<char>(tokens) + i * t.patches() * row, t.patches());
+      }
+    });
+  }
+  return {x, offsets};
+}
+
+}  // namespace
+}  // namespace mtvit_ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
+  m.def(
+      "ragged_patch_embed(Tensor images, Tensor tails, Tensor prefix, Tensor[] weights, Tensor[] biases, "
+      "Tensor[] pos_embeds, SymInt[] strides, SymInt[] paddings) -> (Tensor x, Tensor cu_seqlens)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
+  m.impl("ragged_patch_embed", TORCH_BOX(&mtvit_ops::ragged_patch_embed));
+}

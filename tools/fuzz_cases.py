@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import mtvit_ops
 from mtvit_ops.reference import (
     gather_layer_norm,
+    ragged_patch_embed,
     scatter_residual,
     token_select,
     varlen_attention,
@@ -249,7 +250,29 @@ def case_attention_half(draw: Draw) -> tuple[Any, Any]:
     return (x, received), expected
 
 
+def case_ragged_patch_embed(draw: Draw) -> tuple[Any, Any]:
+    batch, channels, height, width, d = draw.size(4), 1 + draw.size(2), draw.size(20), draw.size(20), draw.size(12)
+    prefix = draw.tensor(draw.size(2), d)
+    images = draw.tensor(batch, channels, height, width)
+    weights, biases, tables, strides, paddings = [], [], [], [], []
+    for _ in range(draw.random.randint(1, 3)):
+        kernel, stride, padding = 1 + draw.size(5), 1 + draw.size(5), draw.size(4)
+        grid = [max((side + 2 * padding - kernel) // stride + 1, 0) for side in (height, width)]
+        weights.append(draw.tensor(d, channels, kernel, kernel) * 0.2)
+        biases.append(draw.tensor(d))
+        tables.append(draw.tensor(len(prefix) + grid[0] * grid[1], d))
+        strides.append(stride if not draw.spoilt() else draw.random.choice((0, -1, 2**62)))
+        paddings.append(padding if not draw.spoilt() else draw.random.choice((-1, 2**62)))
+    tails = torch.tensor([draw.random.randrange(len(weights)) for _ in range(batch)], dtype=torch.int32)
+    if draw.spoilt() and batch:
+        tails[-1] = draw.random.choice((-1, len(weights), 2**31 - 1))
+    args = (images, tails, prefix, weights, biases, tables, strides, paddings)
+    got = native.ragged_patch_embed(*args)
+    return got, lambda: ragged_patch_embed.ragged_patch_embed(*args)
+
+
 CASES = {
+    "ragged_patch_embed": case_ragged_patch_embed,
     "varlen_attention": case_varlen_attention,
     "varlen_attention_backward": case_varlen_attention_backward,
     "gather_layer_norm": case_gather_layer_norm,
@@ -287,7 +310,13 @@ def run(seed: int, say: Callable[[str], Any] = lambda _: None) -> str:
 
 def _is_expected(message: str) -> bool:
     """What good draws may run into: a layout that cannot be written, a count no image has, a dtype the CPU lacks."""
-    parts = ("must not overlap", "contiguous in its last", "keep must lie in", "oneDNN linear refused")
+    parts = (
+        "must not overlap",
+        "contiguous in its last",
+        "keep must lie in",
+        "oneDNN linear refused",
+        "as large as tail",
+    )
     return any(part in message for part in parts)
 
 

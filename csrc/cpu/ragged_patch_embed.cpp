@@ -117,7 +117,8 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor
   Tensor x = empty_as(images, std::array{batch * longest, dim});
   const auto element = static_cast<int64_t>(images.element_size()), row = dim * element;
   auto* rows = mutable_data<char>(x);
-  if (row > 0) std::memset(rows + cu[batch] * row, 0, static_cast<size_t>((batch * longest - cu[batch]) * row));
+  const int64_t dead = (batch * longest - cu[batch]) * row;
+  if (dead > 0) std::memset(rows + cu[batch] * row, 0, static_cast<size_t>(dead));  // never on a null pointer
 
   const Tensor pixels = as_contiguous(images), head = as_contiguous(prefix);
   const Pixels p{data<char>(pixels), images.size(1), images.size(2), images.size(3), element};

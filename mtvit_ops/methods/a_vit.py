@@ -11,7 +11,8 @@ from torch import Tensor
 from .._checks import check_choice, check_real
 from ..nn.method import Method
 from ..nn.vision_transformer import VisionTransformer
-from ..ops import HaltingState, halting_step, initial_halting_state, token_select
+from ..ops import HaltingState, initial_halting_state, token_select
+from ..ops.halting_step import HALTING_STEP
 from ..ragged import RaggedTokens
 
 
@@ -71,21 +72,15 @@ class AViT(Method):
 
     def after_block(self, index: int, tokens: RaggedTokens, state: AViTState) -> tuple[RaggedTokens, AViTState]:
         config = self.config
-        step = halting_step(
-            tokens.x,
-            tokens.rows,
-            tokens.cu_seqlens,
-            state.readout_rows,
-            state.halting,
-            gate_scale=config.gate_scale,
-            gate_center=config.gate_center,
-            eps=config.eps,
-            last=index == state.depth - 1,
+        # the operator itself, not its door: the state is its own
+        *sums, scores, rows, offsets = HALTING_STEP(
+            *(tokens.x, tokens.rows, tokens.cu_seqlens, state.readout_rows, *state.halting),
+            *(float(config.gate_scale), float(config.gate_center), float(config.eps), index == state.depth - 1),
         )
-        tokens = tokens._replace(rows=step.rows, cu_seqlens=step.cu_seqlens)
+        tokens = tokens._replace(rows=rows, cu_seqlens=offsets)
         if config.stop_with_class:
             tokens = _drop_finished(tokens, state.readout_rows)
-        return tokens.trimmed(), state._replace(halting=step.state, scores=step.scores)
+        return tokens.trimmed(), state._replace(halting=HaltingState(*sums), scores=scores)
 
     def readout(self, first_rows: Tensor, tokens: RaggedTokens, state: AViTState) -> Tensor:
         return state.halting.output

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtvit_ops
 from mtvit_ops import _backend, pack_weights
-from mtvit_ops.nn import Block, half_block
 from mtvit_ops._onednn import onednn_dtypes
+from mtvit_ops.nn import Block, half_block
 from mtvit_ops.ops.varlen_attention import SCORES
 from mtvit_ops.ragged import RaggedTokens
 from mtvit_ops.testing import assert_equal, offsets

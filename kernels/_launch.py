@@ -117,9 +117,11 @@ WEIGHT_PROGRAMS = 264  # two for each multiprocessor of an H200
 WEIGHT_STEPS = 4  # tiles of patches that a span takes at least
 
 
-def patch_tile(dtype: torch.dtype) -> tuple[int, int]:
+def patch_tile(dtype: torch.dtype, generation: int = 9) -> tuple[int, int]:
     """Tokens of a tile, and how many factors of each sum are loaded at a time; more of either spills registers."""
-    return (64, 16) if dtype == torch.float32 else (128, 32)
+    if dtype != torch.float32:
+        return 128, 32
+    return (64 if generation < 10 else 32), 16
 
 
 def patch_columns(columns: int) -> int:
@@ -384,6 +386,7 @@ class AttentionTile(NamedTuple):
     keys: int
     warps: int
     stages: int = 2
+    roomy: bool = False
 
 
 def attention_backward_tiles(device: torch.device, longest_k: int, dim: int, half: bool) -> tuple[AttentionTile, ...]:
@@ -400,12 +403,14 @@ def attention_backward_tiles(device: torch.device, longest_k: int, dim: int, hal
     if half:
         if keys <= (128 if narrow else 64) * (2 if hopper else 1):
             stages = 1 if here == 8 and keys > 64 else 2  # a second one spills
-            return (AttentionTile(32 if hopper or narrow else 16, keys, 4 if narrow and keys <= 64 else eight, stages),)
+            queries = 32 if (hopper or narrow) and keys <= 128 else 16
+            warps = 4 if narrow and keys <= 64 else eight
+            return (AttentionTile(queries, keys, warps, stages, roomy=here == 10),)
         if narrow:
             return AttentionTile(64, 64, 4), AttentionTile(32, 64, 4)
         return AttentionTile(64, 32, 4), AttentionTile(32, 64, eight)
     if narrow and keys <= 64:
         return (AttentionTile(16, keys, eight),)
     if narrow:
-        return AttentionTile(64, 32, eight), AttentionTile(32, 32, eight)
+        return AttentionTile(32, 32, eight), AttentionTile(32, 32, eight)
     return AttentionTile(32, 16, 4), AttentionTile(16, 32, eight)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LIST_TILE, on_device_of, row_tile
+from ._launch import LIST_TILE, on_device_of, roomy, row_tile
 from ._math import rounded
 from ._rows import is_alive, is_listed
 from .halting_step import halt
@@ -187,5 +187,6 @@ def halting_step_backward(
             BLOCK_R=block_r,
             BLOCK_D=block_d,
             num_warps=4,
+            **roomy(x.device, 128),
         )
     return grad_x, new_grad_remainder

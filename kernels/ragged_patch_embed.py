@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._launch import PATCH_STAGES, PATCH_WARPS, PLAN_BLOCK, dot_precision, on_device_of, patch_columns, patch_tile
+from ._launch import (
+    PATCH_STAGES,
+    PATCH_WARPS,
+    PLAN_BLOCK,
+    dot_precision,
+    generation,
+    on_device_of,
+    patch_columns,
+    patch_tile,
+)
 from ._math import dot, rounded
 
 
@@ -177,7 +186,7 @@ def ragged_patch_embed(
     plan = make_plan(tails, lengths)
     if x.numel() == 0:
         return x, plan.offsets
-    block_m, block_k = patch_tile(images.dtype)
+    block_m, block_k = patch_tile(images.dtype, generation(images.device))
     block_d = patch_columns(columns)
     prefix = prefix.contiguous()
     with on_device_of(images):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import AttentionTile, attention_backward_tiles, dot_precision, on_device_of
+from ._launch import AttentionTile, attention_backward_tiles, dot_precision, on_device_of, roomy
 from ._math import dot, rounded
 from ._memory import zero_behind
 
@@ -406,7 +406,8 @@ def varlen_attention_backward(
     }
 
     def sizes(tile: AttentionTile) -> dict[str, int]:
-        return {"BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
+        sides = {"BLOCK_Q": tile.queries, "BLOCK_K": tile.keys}
+        return {**sides, "num_warps": tile.warps, "num_stages": tile.stages, **(roomy(q.device) if tile.roomy else {})}
 
     tile, *second = attention_backward_tiles(q.device, longest_k, max(dim, value_dim), q.element_size() == 2)
     with on_device_of(q):

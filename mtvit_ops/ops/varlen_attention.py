@@ -83,7 +83,7 @@ def varlen_attention(
         cu_seqlens_k, max_seqlen_k: the same for keys and values; None: as the queries'.
         scale: factor on the logits, in [-1e9, 1e9]; None: d ** -0.5.
         key_bias: added to the scaled logits of a key, (Tk,) for all heads or (Tk, H), dtype of ``q`` or float32.
-            -inf removes the key.
+            -inf removes the key; the Triton kernels take sizes beyond 2.3e38 for infinite.
         scores: ``"class"``: each key's attention from the first query of its sequence; ``"mean"``: the mean of its
             attention over the queries of its sequence.
 

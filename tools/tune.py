@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,11 @@ def wrong(got: list[Tensor], wanted: list[Tensor]) -> str | None:
     return None
 
 
-def measured(stem: str, case: str, launcher: Any, args: tuple[Any, ...], rounds: int) -> Iterator[dict[str, Any]]:
+def measured(
+    stem: str, case: str, launcher: Callable[..., Any], args: tuple[Any, ...], rounds: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
     """A row for each configuration of one sample."""
-    args = tree_map_only(Tensor, lambda tensor: filled(tensor, torch.device("cuda")), args)
+    args = tree_map_only(Tensor, lambda tensor: filled(tensor, device), args)
     runs, bad = runs_of(stem, launcher, args), {}
     wanted = results(runs[PRESENT], launcher, args)
     for text, run in runs.items():
@@ -83,7 +86,7 @@ def measured(stem: str, case: str, launcher: Any, args: tuple[Any, ...], rounds:
         if why is not None:
             bad[text] = {"error": why}
     live = {text: run for text, run in runs.items() if text not in bad}
-    found = compare(live, torch.device("cuda"), rounds)
+    found = compare(live, device, rounds)
     present = best(found.get(PRESENT, {}))
     for text, row in {**found, **bad}.items():
         mine = best(row)
@@ -116,11 +119,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines + [f"| {stem} | {text} | {gain:.2f}x |" for stem, (text, gain) in proposals(rows).items()])
 
 
+def samples(options: argparse.Namespace) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """A few of each launcher, evenly spaced over the table, as large as they are to be measured."""
+    counts = Counter(launcher for _, launcher, _ in launches.table(options.kernels))
+    launches.BATCH = options.batch
+    seen: Counter[Callable[..., Any]] = Counter()
+    for case, launcher, args in launches.table(options.kernels):
+        if seen[launcher] % -(-counts[launcher] // options.cases) == 0:
+            yield case, launcher, args
+        seen[launcher] += 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--kernels", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS), metavar="STEM")
-    add("--cases", type=int, default=2, help="samples of a launcher (default %(default)s)")
+    add("--cases", type=int, default=3, help="samples of a launcher (default %(default)s)")
+    add("--batch", type=int, default=256, help="images of a sample (default %(default)s)")
     add("--rounds", type=int, default=30, help="runs of each configuration in each kind of timing")
     add("--seconds", type=float, default=540.0, help="nothing new is begun past these")
     add("--out", type=Path, default=ROOT / "bench" / "results" / "gpu" / "tuning.json")
@@ -138,22 +153,21 @@ def main() -> int:
             f"tune.py times {plan}: it needs a CUDA device, and PyTorch sees none (--list shows them)", file=sys.stderr
         )
         return 2
-    end, rows, seen = time.monotonic() + options.seconds, [], {}
     facts = {"device": torch.cuda.get_device_name(), "commit": options.commit, "torch": torch.__version__}
-    facts |= {"CUDA": torch.version.cuda, "Triton": triton.__version__, "rounds": options.rounds}
-    for stem in options.kernels:
-        for case, launcher, args in launches.table([stem]):
-            seen[launcher] = seen.get(launcher, 0) + 1
-            if seen[launcher] > options.cases or time.monotonic() > end:
-                continue
-            try:
-                rows += measured(stem, case, launcher, args, options.rounds)
-            except Exception as error:  # the present configuration itself
-                rows.append({"file": stem, "case": case, "configuration": PRESENT, "error": in_words(error)})
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            part = options.out.with_suffix(".part")
-            part.write_text(json.dumps({**facts, "proposals": proposals(rows), "rows": rows}, indent=1) + "\n")
-            os.replace(part, options.out)
+    facts |= {"CUDA": torch.version.cuda, "Triton": triton.__version__, "batch": options.batch}
+    end, rows = time.monotonic() + options.seconds, []
+    for case, launcher, args in samples(options):
+        stem = launcher.__module__.rpartition(".")[2]
+        if time.monotonic() > end:
+            break
+        try:
+            rows += measured(stem, case, launcher, args, options.rounds, torch.device("cuda"))
+        except Exception as error:  # the present configuration itself
+            rows.append({"file": stem, "case": case, "configuration": PRESENT, "error": in_words(error)})
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        part = options.out.with_suffix(".part")
+        part.write_text(json.dumps({**facts, "proposals": proposals(rows), "rows": rows}, indent=1) + "\n")
+        os.replace(part, options.out)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), table(rows), sep="\n\n")
     return 0
 

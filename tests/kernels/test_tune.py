@@ -48,7 +48,7 @@ for stem, configurations in CONFIGURATIONS.items():
 """
 
 RESULTS = """
-import torch, tune
+import argparse, torch, tune
 from configurations import in_force
 from mtvit_ops.kernels import _launch, scatter_residual
 
@@ -61,15 +61,35 @@ rows = [
     {"file": "slow_fast", "case": case, "configuration": name, "ms": [1.0 / gain, 0, 0], "gain": gain}
     for case, name, gain in (("a", "IMAGE_WARPS=4", 1.3), ("b", "IMAGE_WARPS=4", 1.1), ("a", "IMAGE_COLUMNS=64", 1.02))
 ]
+options = argparse.Namespace(kernels=["class_attention", "token_select"], cases=2, batch=5)
+taken = list(tune.samples(options))
+forward = [(case, args) for case, launcher, args in taken if "backward" not in launcher.__name__]
+print(sum("class" in case for case, _ in forward), {args[2].numel() for _, args in forward})
 print(tune.proposals(rows)["slow_fast"][0], tune.proposals([*rows, {**rows[0], "gain": None}])["slow_fast"])
 """
 
+MEASURED = """
+import torch, tune
+from configurations import CONFIGURATIONS
+from mtvit_ops.kernels import scatter_residual
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+def broken(*args):
+    raise ValueError("no such tile")
+
+CONFIGURATIONS["scatter_residual"]["broken"] = {"row_tile": broken}
+args = torch.zeros(9, 40), torch.arange(9, dtype=torch.int32), torch.zeros(9, 40), None
+for row in tune.measured("scatter_residual", "small", scatter_residual.scatter_residual_, args, 2, torch.device("cpu")):
+    print(row["configuration"], row.get("error", "gain" in row), sep=": ")
+"""
+
+
+def run(*command: str, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
     """Python in a process of its own, where Triton compiles."""
     environment = {name: value for name, value in os.environ.items() if name != _backend.INTERPRETER_VARIABLE}
     paths = [str(TOOLS), str(ROOT / "bench" / "gpu"), str(Path(mtvit_ops.__file__).parent.parent)]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
+    if interpreted:
+        environment[_backend.INTERPRETER_VARIABLE] = "1"
     return subprocess.run(
         [sys.executable, *command], cwd=TOOLS, env=environment, capture_output=True, text=True, check=False
     )
@@ -102,4 +122,21 @@ def test_every_configuration_is_another_launch() -> None:
 def test_what_differs_and_what_gains() -> None:
     done = run("-c", RESULTS)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["None True", "(1, 5) (1, 5)", "True", "IMAGE_WARPS=4 ('present', 1.0)"]
+    assert done.stdout.splitlines() == [
+        "None True",
+        "(1, 5) (1, 5)",
+        "True",
+        "2 {6}",  # offsets of five images
+        "IMAGE_WARPS=4 ('present', 1.0)",
+    ]
+
+
+def test_one_sample_from_launch_to_row() -> None:
+    done = run("-c", MEASURED, interpreted=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "present: True",
+        "ROW_ELEMENTS=2048: True",
+        "ROW_ELEMENTS=8192: True",
+        "broken: ValueError: no such tile",
+    ]

@@ -71,7 +71,7 @@ def triton_is_interpreted() -> bool:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Prefer one backend inside a ``with`` block, in this thread or task.
+    """Prefer one backend inside a ``with`` block, in this thread or task, and for the gradients of what runs there.
 
     Ops (or dtypes) for which the chosen backend has no kernel run the reference, and a warning of the logger
     ``mtvit_ops`` says so once. ``MTVIT_OPS_BACKEND`` does the same for a whole process; the block wins over it.
@@ -82,11 +82,23 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: the name is unknown, or the backend cannot serve here; the message says why.
     """
-    token = _override.set(_checked(name, "use_backend"))
+    with overridden(_checked(name, "use_backend")):
+        yield
+
+
+@contextmanager
+def overridden(name: str | None) -> Iterator[None]:
+    """``use_backend`` for what ``override`` gave: a name that was checked before, or None, which changes nothing."""
+    token = _override.set(name or _override.get())
     try:
         yield
     finally:
         _override.reset(token)
+
+
+def override() -> str | None:
+    """The backend of the innermost ``use_backend`` block, or None."""
+    return _override.get()
 
 
 def preferred_backend() -> str | None:

@@ -77,7 +77,10 @@ def register_op(
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+        assert setup_context is not None
+        torch.library.register_autograd(
+            qualified, _as_the_forward(backward), setup_context=_noting_backend(setup_context), lib=_LIBRARY
+        )
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -179,6 +182,26 @@ def _without_autocast(function: Kernel) -> Kernel:
     def run(*args: Any) -> Any:
         with torch._C._DisableAutocast():
             return function(*args)
+
+    return run
+
+
+def _noting_backend(setup_context: Kernel) -> Kernel:
+    """The function, which also notes the backend asked for: see ``_as_the_forward``."""
+
+    def run(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend_asked_for = _backend.override()
+        setup_context(ctx, inputs, output)
+
+    return run
+
+
+def _as_the_forward(backward: Kernel) -> Kernel:
+    """The gradient by the backend that its forward was under: on a GPU it runs in a thread that no block reaches."""
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        with _backend.overridden(ctx.backend_asked_for):
+            return backward(ctx, *grads)
 
     return run
 

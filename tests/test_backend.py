@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +16,8 @@ import pytest
 import torch
 
 import mtvit_ops
-from mtvit_ops import _backend, _extension, _register
-from mtvit_ops.ops import class_attention
+from mtvit_ops import _backend, _extension, _register, use_backend
+from mtvit_ops.ops import class_attention, scatter_residual
 from mtvit_ops.testing import offsets
 
 PARENT = Path(mtvit_ops.__file__).parent.parent
@@ -78,6 +80,39 @@ def test_blocks_nest_and_end(triton_serves: None) -> None:
             raise RuntimeError("inside")
         assert _backend.preferred_backend() == "reference"
     assert _backend.preferred_backend() == outside
+
+
+def backends_of_gradient(asked: list[str | None], forward: str | None, backward: str | None) -> None:
+    """Asks for the backend of each op that a gradient, worked out in another thread as on a GPU, runs."""
+    x, rows = torch.ones(2, 2, requires_grad=True), torch.zeros(1, dtype=torch.int32)
+    with use_backend(forward) if forward else contextlib.nullcontext():
+        total = scatter_residual(x, rows, torch.ones(1, 2, requires_grad=True)).sum()
+    asked.clear()
+
+    def work() -> None:
+        with use_backend(backward) if backward else contextlib.nullcontext():
+            total.backward()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "wanted"),
+    [("reference", None, "reference"), ("reference", "cpp", "reference"), (None, "reference", "reference")],
+    ids=["forward", "both", "backward"],
+)
+def test_a_gradient_in_another_thread_is_the_forwards(
+    monkeypatch: pytest.MonkeyPatch, forward: str | None, backward: str | None, wanted: str
+) -> None:
+    if "cpp" in (forward, backward) and not _extension.has_extension():
+        pytest.skip("the native extension is not built")
+    asked: list[str | None] = []
+    real = _backend.preferred_backend
+    monkeypatch.setattr(_backend, "preferred_backend", lambda: asked.append(real()) or asked[-1])
+    backends_of_gradient(asked, forward, backward)
+    assert asked == [wanted]
 
 
 def test_the_replacement_is_said_once(triton_serves: None, caplog: pytest.LogCaptureFixture) -> None:

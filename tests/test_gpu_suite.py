@@ -106,6 +106,74 @@ def test_a_stage_that_dies_says_how(tmp_path: Path, suite: ModuleType, monkeypat
     assert suite.failed(stage)
 
 
+# a stage of five cases on what says it is a GPU; {spread} and {lose} are lines
+STAGE = """
+import os
+import torch
+from stage import Stage
+
+lost = False
+
+def synchronize():
+    if lost:
+        raise RuntimeError("an illegal memory access was encountered")
+
+torch.cuda.is_available, torch.cuda.synchronize = lambda: True, synchronize
+stage = Stage("")
+{spread}
+for case in stage.todo(range(5)):
+    stage.emit(case=case, process=os.getpid())
+    {lose}
+"""
+
+
+@pytest.mark.parametrize(
+    ("spread", "lose"),
+    [("", "lost = case == 2"), ("stage.share_out(2)", ""), ("stage.share_out(2)", "lost = case == 1")],
+    ids=["lost-device", "two-processes", "both"],
+)
+def test_a_stage_may_take_several_processes(tmp_path: Path, spread: str, lose: str) -> None:
+    script, out = tmp_path / "script.py", tmp_path / "rows"
+    script.write_text(STAGE.format(spread=spread, lose=lose))
+    done = subprocess.run(
+        [sys.executable, str(script), "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "bench" / "gpu")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(row["case"] for row in rows) == list(range(5))
+    assert len({row["process"] for row in rows}) == bool(spread) + bool(lose) + 1
+
+
+def test_a_stage_that_no_time_is_left_for_ends_with_all_it_started(tmp_path: Path) -> None:
+    code = (
+        "import os; from stage import run_within\n"
+        "said, code = run_within(3, ['sh', '-c', 'echo begun; sleep 600 & echo $!; wait'], dict(os.environ))\n"
+        "print(code, *said.split())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "bench" / "gpu")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    code, begun, sleeper = done.stdout.split()
+    assert (code, begun) == ("None", "begun")
+    state = Path(f"/proc/{sleeper}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_a_machine_without_git_has_a_commit_all_the_same(suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert suite.machine(None)["commit"] == "unknown"
+    assert suite.machine("abc")["commit"] == "abc"
+
+
 FAILURES = {
     "tests-failed": ({"table": "tests", "failed": 1}, True),
     "tests-erred": ({"table": "tests", "failed": 0, "error": 2}, True),

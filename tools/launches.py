@@ -17,16 +17,21 @@ from torch import Tensor
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 PATCH, SIDE = 16, 224
+BATCH: int | None = None  # images of every sample, where they are to be measured
 
 
 class Shape(NamedTuple):
     """A batch of equally long images, and makers of what ops take."""
 
     name: str
-    batch: int
+    images: int
     tokens: int  # of an image
     heads: int
     dtype: torch.dtype = BFLOAT16
+
+    @property
+    def batch(self) -> int:
+        return BATCH or self.images
 
     @property
     def packed(self) -> int:
@@ -152,7 +157,7 @@ def ragged_linear() -> Iterator[Sample]:
         for text, wide, deep, gelu in (("qkv", 3 * dim, dim, False), ("fc1", 4 * dim, dim, True)):
             layer = (size.values(size.packed, deep), size.values(wide, deep), size.values(wide), offsets)
             yield "ragged_linear", f"{size}, {text}", (*layer, gelu)
-            if size.batch < 16:  # its product with the weight's shape runs for real
+            if size.images < 16:  # its product with the weight's shape runs for real
                 yield "ragged_linear_backward", f"{size}, {text}", (size.values(size.packed, wide), *layer, gelu)
         for text, deep in (("proj", dim), ("fc2", 4 * dim)):
             layer = (size.values(size.packed, deep), size.values(dim, deep), size.values(dim), offsets)
@@ -168,7 +173,7 @@ def varlen_attention() -> Iterator[Sample]:
     def cases() -> Iterator[tuple[str, Shape, Tensor | None, int]]:
         for tokens in (50, 99, 197, 577):
             for text, scores in SCORES.items():
-                yield text, SMALL._replace(batch=8, tokens=tokens), None, scores
+                yield text, SMALL._replace(images=8, tokens=tokens), None, scores
         for dtype in (FLOAT16, FLOAT32):
             for text, scores in SCORES.items():
                 yield text, TINY._replace(dtype=dtype), None, scores
@@ -188,7 +193,7 @@ def varlen_attention() -> Iterator[Sample]:
 
 @launches
 def class_attention() -> Iterator[Sample]:
-    shapes = (SMALL._replace(batch=8, tokens=50), TINY, SMALL._replace(batch=8, tokens=577))
+    shapes = (SMALL._replace(images=8, tokens=50), TINY, SMALL._replace(images=8, tokens=577))
     for size in (*shapes, TINY._replace(dtype=FLOAT32), TINY._replace(dtype=FLOAT16)):
         _, k, _ = size.qkv()
         q, rest = size.values(size.batch, size.heads, 64), (size.offsets(), size.tokens, 0.125)
@@ -204,7 +209,7 @@ def class_attention() -> Iterator[Sample]:
 @launches
 def token_select() -> Iterator[Sample]:
     # every size of tile, and lists of which the host knows no bound
-    for batch, tokens, bounded in (
+    for images, tokens, bounded in (
         (64, 197, True),
         (3, 50, True),
         (3, 577, True),
@@ -212,10 +217,12 @@ def token_select() -> Iterator[Sample]:
         (3, 4096, True),
         (64, 197, False),
     ):
-        size, wide = Shape("", batch, tokens, 6), batch * tokens
+        size = Shape("", images, tokens, 6)
+        wide = size.packed
         bound = tokens if bounded else wide
-        rows, offsets, text = size.rows(), size.offsets(), f"{batch} x {tokens}{'' if bounded else ' without bound'}"
-        counts, mask = torch.full((batch,), 40, dtype=torch.int32), torch.zeros(wide, dtype=torch.bool)
+        rows, offsets = size.rows(), size.offsets()
+        text = f"{size.batch} x {tokens}{'' if bounded else ' without bound'}"
+        counts, mask = torch.full((size.batch,), 40, dtype=torch.int32), torch.zeros(wide, dtype=torch.bool)
         for dtype in (FLOAT32, BFLOAT16):
             scores = torch.zeros(wide, dtype=dtype)
             for rule, *given in (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtvit_ops import Method, RaggedTokens, VisionTransformer
+from mtvit_ops.methods import Dense
 from mtvit_ops.ops import token_select
 
 FIRST_PRUNED_BLOCK = 4
@@ -17,9 +18,13 @@ FIRST_PRUNED_BLOCK = 4
 
 @dataclass(frozen=True)
 class FixedKeepConfig:
-    """Tokens of each image from the first pruned block on, class token included; the host knows them."""
+    """Tokens of each image from the first pruned block on, class token included; the host knows them.
+
+    ``ragged``: blocks run on ragged_linear all the same, as where it does not.
+    """
 
     counts: tuple[int, ...]
+    ragged: bool = False
 
 
 class FixedKeep(Method):
@@ -36,6 +41,10 @@ class FixedKeep(Method):
         self.scores = torch.randperm(tokens, generator=generator).float().to(device)
         self.counts = torch.tensor(counts, dtype=torch.int32).to(device)
 
+    @property
+    def counts_are_dynamic(self) -> bool:
+        return self.config.ragged
+
     def select(self, tokens: RaggedTokens) -> RaggedTokens:
         counts = self.config.counts
         equal = len(set(counts)) == 1
@@ -51,6 +60,12 @@ class FixedKeep(Method):
 
     def before_block(self, index: int, tokens: RaggedTokens, state: Any) -> tuple[RaggedTokens, Any]:
         return (self.select(tokens) if index == FIRST_PRUNED_BLOCK else tokens), state
+
+
+class RaggedDense(Dense):
+    """Nothing dropped, on the kernels of those whose counts only the device knows."""
+
+    counts_are_dynamic = True
 
 
 class PlainViT(nn.Module):

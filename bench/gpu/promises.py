@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ sys.path.append(str(ROOT / "tools"))
 import launches
 
 CASES_EACH = 4  # of a launcher's samples
+Call = Callable[[], tuple[Tensor, ...]]
+Case = tuple[str, Callable[[], Call]]  # made when its turn comes
 MODELS: dict[str, dict[str, Any]] = {
     "vit": {},
     "avit": {"gate_scale": 1.0, "gate_center": 1.0},
@@ -32,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def op_cases(stage: Stage, each: int = CASES_EACH) -> Iterator[tuple[str, Callable[[], tuple[Tensor, ...]]]]:
+def op_cases(stage: Stage, each: int = CASES_EACH) -> Iterator[Case]:
     """Calls of each op on random values, by name and case; each call starts from the same arguments."""
     seen: dict[str, int] = {}
     for samples in launches.TABLE:
@@ -42,14 +46,12 @@ def op_cases(stage: Stage, each: int = CASES_EACH) -> Iterator[tuple[str, Callab
             if stage.smoke and max(tensor.numel() for tensor in tensors_of(args)) > 5e5:
                 continue
             seen[name] = seen.get(name, 0) + 1
-            yield (
-                f"{name}, {case}",
-                call_of(name, tree_map_only(Tensor, lambda tensor: filled(tensor, stage.device), args)),
-            )
+            yield f"{name}, {case}", lambda name=name, args=args: call_of(name, args, stage.device)
 
 
-def call_of(name: str, args: tuple[Any, ...]) -> Callable[[], tuple[Tensor, ...]]:
+def call_of(name: str, args: tuple[Any, ...], device: torch.device) -> Call:
     op = getattr(torch.ops.mtvit_ops, name).default
+    args = tree_map_only(Tensor, lambda tensor: filled(tensor, device), args)
 
     def call() -> tuple[Tensor, ...]:
         if not name.endswith("_"):
@@ -64,7 +66,8 @@ def call_of(name: str, args: tuple[Any, ...]) -> Callable[[], tuple[Tensor, ...]
 def filled(tensor: Tensor, device: torch.device) -> Tensor:
     """The sample on the device with its strides: random floats, integers as they are."""
     kept = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return kept.normal_() if tensor.is_floating_point() else kept.copy_(tensor)
+    # drawn on the host: after a capture that failed, PyTorch's generator on the device refuses to draw
+    return kept.copy_(torch.randn(tensor.shape) if tensor.is_floating_point() else tensor)
 
 
 def tensors_of(args: Any) -> list[Tensor]:
@@ -77,20 +80,25 @@ def flat(value: Any) -> list[Any]:
     return [value]
 
 
-def model_cases(stage: Stage) -> Iterator[tuple[str, Callable[[], tuple[Tensor, ...]]]]:
+def model_cases(stage: Stage) -> Iterator[Case]:
     """Forward passes of every method at DeiT-S, batch 8."""
+    for title in MODELS:
+        yield f"model {title}", lambda title=title: model_call(stage, title)
+
+
+def model_call(stage: Stage, title: str) -> Call:
     sizes = {"img_size": 64, "embed_dim": 64, "depth": 6, "num_heads": 2} if stage.smoke else {}
-    for title, options in MODELS.items():
-        dtype = torch.float32 if stage.smoke else torch.bfloat16
-        model = mtvit_ops.create_model(f"{title.split(',')[0]}_small_patch16_224", **sizes, **options)
-        model = model.to(stage.device, dtype).eval()
-        images = torch.randn(8, 3, model.config.img_size, model.config.img_size).to(stage.device, dtype)
-        yield f"model {title}", lambda model=model, images=images: outputs(model(images))
+    dtype = torch.float32 if stage.smoke else torch.bfloat16
+    model = mtvit_ops.create_model(f"{title.split(',')[0]}_small_patch16_224", **sizes, **MODELS[title])
+    model = model.to(stage.device, dtype).eval()
+    images = torch.randn(8, 3, model.config.img_size, model.config.img_size).to(stage.device, dtype)
+    return lambda: outputs(model(images))
 
 
-def check(stage: Stage, case: str, call: Callable[[], tuple[Tensor, ...]]) -> None:
+def check(stage: Stage, case: str, make: Callable[[], Call]) -> None:
     """A row: what holds, and what does not in words."""
     row: dict[str, Any] = {"table": "promises", "case": case}
+    call = make()
     with notes() as said:
         row["twice"] = verdict(lambda: equal(call(), call()))
     # a reference that serves where a kernel should would keep the promises too
@@ -157,10 +165,14 @@ def notes() -> Iterator[list[str]]:
 
 if __name__ == "__main__":
     stage = Stage(__doc__)
+    if not stage.smoke:
+        stage.share_out((os.cpu_count() or 1) // 2)
     with torch.no_grad():
-        for cases in (model_cases, op_cases):
-            for case, call in cases(stage):
-                if stage.time_left() < 2:
-                    stage.emit(table="promises", case=case, twice="out of time", served="", waits="", graph="")
-                    raise SystemExit(0)
-                check(stage, case, call)
+        for case, make in stage.todo(chain(model_cases(stage), op_cases(stage))):
+            if stage.time_left() < 2:
+                stage.emit(table="promises", case=case, twice="out of time", served="", waits="", graph="")
+                break
+            try:
+                check(stage, case, make)
+            except Exception as error:  # the case could not even be made
+                stage.emit(table="promises", case=case, twice=in_words(error), served="", waits="", graph="")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from op_case import OpCase, Sizes, half
+from op_case import OpCase, Run, Sizes, half
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -181,26 +181,61 @@ def residual_norm(sizes: Sizes) -> OpCase:
 def linear(sizes: Sizes, name: str, wide: int, deep: int, live: float) -> OpCase:
     """A linear layer over the live rows of a buffer: PyTorch's own multiplies as many rows, and all of the buffer."""
     capacity = sizes.batch * sizes.tokens
-    count = round(live * capacity)
+    count, gelu = round(live * capacity), name.endswith("GELU")
     a, weight, bias = sizes.random(capacity, deep), sizes.random(wide, deep), sizes.random(wide)
     a[count:] = 0
     cu = offsets([count], sizes.device)
     alive = (torch.arange(capacity, device=sizes.device) < count)[:, None]
 
-    def plain(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(a, weight, bias)[:count]
+    def layer(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out = F.linear(a, weight, bias)
+        return F.gelu(out) if gelu else out
 
+    def plain(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return layer(a, weight, bias)[:count]
+
+    runs: dict[str, Run] = {
+        "ours": lambda: ops.ragged_linear(a, weight, bias, cu, activation="gelu" if gelu else None)[:count],
+        "cuBLAS, live rows known": lambda: layer(a[:count], weight, bias),
+        "cuBLAS, all rows": lambda: plain(a, weight, bias),
+        "cuBLAS, all rows, masked": lambda: layer(a, weight, bias).where(alive, 0)[:count],
+    }
+    if gelu:
+        compiled = sizes.compiled(layer)
+        runs["compiled, live rows known"] = lambda: compiled(a[:count], weight, bias)
     return OpCase(
         "ragged_linear",
         f"{name}, {live:.0%} of {capacity} rows alive",
-        {
-            "ours": lambda: ops.ragged_linear(a, weight, bias, cu)[:count],
-            "cuBLAS, live rows known": lambda: F.linear(a[:count], weight, bias),
-            "cuBLAS, all rows": lambda: plain(a, weight, bias),
-            "cuBLAS, all rows, masked": lambda: F.linear(a, weight, bias).where(alive, 0)[:count],
-        },
+        runs,
         lambda: plain(a.double(), weight.double(), bias.double()),
         lambda: plain(a, weight, bias),
         bytes=(count * (deep + wide) + wide * deep) * a.element_size(),
         flops=2 * count * deep * wide,
+    )
+
+
+def linear_residual(sizes: Sizes) -> OpCase:
+    """The MLP's second layer onto the residual stream of the live half."""
+    start, rows, cu = half(sizes)
+    deep = 4 * sizes.dim
+    x, a = start.clone(), sizes.random(len(rows), deep)
+    weight, bias = sizes.random(sizes.dim, deep) / deep**0.5, sizes.random(sizes.dim)
+
+    def plain(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return x.index_add_(0, rows, F.linear(a, weight, bias))
+
+    compiled = sizes.compiled(plain)
+    return OpCase(
+        "ragged_linear_residual_",
+        "fc2, half",
+        {
+            "ours": lambda: ops.ragged_linear_residual_(x, rows, a, weight, bias, cu),
+            "cuBLAS and ours": lambda: ops.scatter_residual_(x, rows, F.linear(a, weight, bias)),
+            "eager": lambda: plain(x, a, weight, bias),
+            "compiled": lambda: compiled(x, a, weight, bias),
+        },
+        lambda: plain(*(value.double() for value in (x, a, weight, bias))),
+        lambda: plain(x.clone(), a, weight, bias),
+        bytes=(len(rows) * (deep + 2 * sizes.dim) + weight.numel()) * a.element_size(),
+        flops=2 * len(rows) * deep * sizes.dim,
     )

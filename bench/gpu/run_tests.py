@@ -1,77 +1,88 @@
-"""Stage: the tests that need a GPU, each file in a process of its own, several at a time."""
+"""Stage: the tests that need a GPU, shared out to as many processes as the machine has cores for their compilers."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-import re
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from stage import ROOT, Stage
+from outcomes import FILE_VARIABLE
+from stage import ROOT, Stage, run_within
 
-# file or folder, and which of its tests; the file on graphs is chosen by what it skips on its own
+# the files on graphs and waits are chosen by what they skip on their own
 WHAT = (
-    ("tests/test_graph.py", None),
-    ("tests/kernels/test_no_sync.py", None),
-    ("tests/ops", "cuda"),
-    ("tests/methods", "cuda"),
+    "tests/test_graph.py",
+    "tests/kernels/test_no_sync.py",
+    "tests/nn/test_triton_models.py",
+    "tests/ops",
+    "tests/methods",
 )
-SMOKE = (("tests/reference/test_scatter_residual.py", None),)
+CHOSEN = "cuda or test_graph or test_no_sync"
+SMOKE = ("tests/reference/test_scatter_residual.py",)
+TEST_SECONDS = 60  # a kernel that never ends costs one test
 
 
-def files(what: tuple[tuple[str, str | None], ...]) -> list[tuple[Path, str | None]]:
+def files(what: tuple[str, ...]) -> list[str]:
     """Test files, the long ones first."""
-    found = []
-    for name, expression in what:
-        path = ROOT / name
-        paths = sorted(path.glob("test_*.py"), key=lambda file: -file.stat().st_size) if path.is_dir() else [path]
-        found += [(each, expression) for each in paths if each.is_file()]
-    return found
+    paths = [ROOT / name for name in what]
+    groups = [sorted(path.glob("test_*.py"), key=lambda file: -file.stat().st_size) or [path] for path in paths]
+    return [str(path.relative_to(ROOT)) for group in groups for path in group]
 
 
-def run(path: Path, expression: str | None, seconds: float) -> dict[str, Any]:
-    """Counts and failures of one file."""
-    command = [sys.executable, "-m", "pytest", str(path), "-q", "--tb=line", "-rfE", "-p", "no:cacheprovider"]
-    command += ["-k", expression] if expression else []
-    start = time.monotonic()
-    row: dict[str, Any] = {"table": "tests", "file": str(path.relative_to(ROOT))}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1), check=False, env=environment()
-        )
-        said = done.stdout + done.stderr
-        row["code"] = done.returncode  # 5: nothing was selected
-    except subprocess.TimeoutExpired as error:
-        said = (error.stdout or b"").decode(errors="replace")
-        row["code"] = "out of time"
-    row["seconds"] = time.monotonic() - start
-    for word in ("passed", "failed", "skipped", "error"):
-        found = re.findall(rf"(\d+) {word}", said)
-        row[word] = int(found[-1]) if found else 0
-    row["failures"] = [line[:400] for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))][:30]
-    if row["code"] not in (0, 1, 5):
-        row["tail"] = said[-1500:]
-    return row
+def installed(plugin: str) -> bool:
+    return importlib.util.find_spec(plugin) is not None
 
 
-def environment() -> dict[str, str]:
+def command(stage: Stage) -> list[str]:
+    start = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "outcomes"]
+    if stage.smoke:
+        return [*start, *files(SMOKE)]
+    if installed("pytest_timeout"):
+        start += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
+    if installed("xdist"):
+        start += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]
+    return [*start, "-k", CHOSEN, *files(WHAT)]
+
+
+def environment(outcomes: Path) -> dict[str, str]:
     """One thread each: the processes share the machine."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        FILE_VARIABLE: str(outcomes),
+    }
+
+
+def rows(outcomes: list[dict[str, str]], code: int | str) -> list[dict[str, Any]]:
+    """Counts and failures of each file."""
+    found: dict[str, dict[str, Any]] = {}
+    for each in outcomes:
+        name = each["test"].split("::")[0]
+        counts = {"passed": 0, "failed": 0, "skipped": 0, "error": 0}
+        row = found.setdefault(name, {"table": "tests", "file": name, **counts, "code": code, "failures": []})
+        row[each["outcome"]] += 1
+        if each["why"] and len(row["failures"]) < 30:
+            row["failures"].append(f"{each['test']}: {each['why']}"[-800:])
+    return list(found.values())
 
 
 if __name__ == "__main__":
     stage = Stage(__doc__)
-    if importlib.util.find_spec("pytest") is None:
+    if not installed("pytest"):
         stage.emit(table="tests", file="-", code="pytest is not installed")
         raise SystemExit(0)
-    todo = files(SMOKE if stage.smoke else WHAT)
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
-        # those that wait for a place get what is left of the stage's time, less what ending takes
-        jobs = [pool.submit(lambda job=job: run(*job, stage.time_left() - 5)) for job in todo]
-        for job in jobs:
-            stage.emit(**job.result())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "outcomes"
+        said, code = run_within(stage.time_left() - 5, command(stage), environment(path))
+        outcomes = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    for row in rows(outcomes, "out of time" if code is None else code):
+        stage.emit(**row)
+    if code not in (0, 1, None):  # pytest itself had trouble
+        stage.emit(table="tests", file="-", code=code, error=1, tail=said[-1500:])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from stage import Stage
+from stage import Stage, run_within
 
 TOOLS = ("memcheck", "racecheck")
 ERRORS_FOUND = 9  # an exit code that Python does not use
@@ -22,12 +21,8 @@ def watch(tool: str, stage: Stage, seconds: float, prefix: list[str]) -> dict[st
     command += ["--seconds", str(seconds - 5)] + ["--smoke"] * stage.smoke
     # every tensor an allocation of its own: the caching allocator would hide what runs over its end
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=environment)
-        said, code = done.stdout + done.stderr, done.returncode
-        note = {0: "ok", ERRORS_FOUND: "errors found"}.get(code, f"exit code {code}")
-    except subprocess.TimeoutExpired as error:
-        said, note = (error.stdout or b"").decode(errors="replace"), "out of time"
+    said, code = run_within(seconds, command, environment)
+    note = {0: "ok", ERRORS_FOUND: "errors found", None: "out of time"}.get(code, f"exit code {code}")
     watched = len(rows.read_text().splitlines()) if rows.is_file() else 0
     rows.unlink(missing_ok=True)
     return {"tool": tool, "result": note, "calls": watched, "said": "" if note == "ok" else said[-3000:]}

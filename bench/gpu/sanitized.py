@@ -9,10 +9,10 @@ from stage import Stage
 if __name__ == "__main__":
     stage = Stage(__doc__)
     with torch.no_grad():
-        for case, call in op_cases(stage, each=1):
+        for case, make in op_cases(stage, each=1):
             if stage.time_left() < 1:
                 break
-            call()
+            make()()
             if stage.device.type == "cuda":
                 torch.cuda.synchronize()
             stage.emit(table="watched", case=case)

@@ -14,8 +14,9 @@ def render(result: Row) -> str:
     lines = ["# GPU suite", "", facts + ". Random weights, inference, bfloat16.", ""]
     if result["smoke"]:
         lines += ["**A smoke run: tiny sizes, which say nothing about speed.**", ""]
-    lines += ["| stage | outcome | seconds |", "|---|---|---|"]
-    lines += [f"| {name} | {stage['status']} | {stage['seconds']:.0f} |" for name, stage in result["stages"].items()]
+    lines += ["| stage | outcome | seconds | commit |", "|---|---|---|---|"]
+    for name, stage in result["stages"].items():
+        lines.append(f"| {name} | {stage['status']} | {stage['seconds']:.0f} | {stage.get('commit', '')} |")
     rows = [row for stage in result["stages"].values() for row in stage["rows"]]
     for name, section in SECTIONS.items():
         found = [row for row in rows if row.get("table") == name]
@@ -81,6 +82,8 @@ def _ops(rows: list[Row]) -> Iterator[str]:
     yield from ("", "| op | candidate | event, ms | graph, ms | host, ms | over ours | share | peak, MiB |")
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
+        if "error" in row:
+            yield f"| {row['op']} | {_cell(row['error'])} | | | | | | |"
         ours = _best(row["times"].get("ours", {}))
         for name, found in row["times"].items():
             head = f"| {row['op']}, {row['case']} | {name} |"

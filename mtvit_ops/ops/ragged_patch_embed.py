@@ -47,7 +47,8 @@ def ragged_patch_embed(
 
     Gradients flow to images, prefix and every list; unused tails get zeros. Deterministic, but for the reference away
     from the CPU. No device synchronisation: Triton embeds each image with its own tail, and away from the CPU the
-    reference embeds every tail and keeps the chosen one.
+    reference embeds every tail and keeps the chosen one. On a GPU Triton multiplies float32 factors as
+    ``torch.backends.cuda.matmul.fp32_precision`` says, and the reference as cuDNN's convolutions are set.
 
     Equivalent PyTorch, for each image:
         ``cat((prefix, F.conv2d(image, weights[t], biases[t], strides[t], paddings[t]).flatten(1).T)) + pos_embeds[t]``.

@@ -34,8 +34,8 @@ def slow_fast_merge(
     Args:
         x: residual stream, (R, D), float32, bfloat16, float16 or float64.
         weights: weight of each entry of ``rows``, (T,), dtype of ``x`` or float32.
-        rows: the tokens to stand for (the dropped rows of ``token_select``), (T,), int32, each in [0, R), -1 for a dead
-            entry; None: all rows, T = R.
+        rows: the tokens to stand for (the dropped rows of ``token_select``), (T,), int32, each in [0, R), every row at
+            most once, -1 for a dead entry; None: all rows, T = R.
         cu_seqlens: offsets of the images in ``rows``, (B + 1,), int32.
         max_seqlen: at least the longest image's number of entries.
         normalize: divide by the sum of the image's weights (Evo-ViT); False: take the weights as they are (EViT).

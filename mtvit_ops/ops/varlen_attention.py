@@ -83,7 +83,7 @@ def varlen_attention(
         cu_seqlens_k, max_seqlen_k: the same for keys and values; None: as the queries'.
         scale: factor on the logits, in [-1e9, 1e9]; None: d ** -0.5.
         key_bias: added to the scaled logits of a key, (Tk,) for all heads or (Tk, H), dtype of ``q`` or float32.
-            -inf removes the key.
+            -inf removes the key; the Triton kernels take sizes beyond 2.3e38 for infinite.
         scores: ``"class"``: each key's attention from the first query of its sequence; ``"mean"``: the mean of its
             attention over the queries of its sequence.
 
@@ -93,12 +93,13 @@ def varlen_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit; on the CPU also offsets that do not start at
             0, fall, or end beyond the tokens, and a ``max_seqlen`` below the longest sequence. On a GPU the values of
-            offsets are not looked at.
+            offsets are not looked at, and after wrong ones the results are undefined.
 
-    Softmax and sums are kept in float32 (float64 for float64). Gradients flow to q, k, v and ``key_bias`` (the sum over
-    queries, and over heads for a (Tk,) bias, of the logits' gradient), not through the scores: use
-    ``class_attention`` for those. Deterministic. No device synchronisation. Sequences may be empty: without keys the
-    output is 0, without queries the scores are 0. Rows past the last offset are 0.
+    Softmax and sums are kept in float32 (float64 for float64); on a GPU float32 factors are multiplied as
+    ``torch.backends.cuda.matmul.fp32_precision`` says. Gradients flow to q, k, v and ``key_bias`` (the sum over
+    queries, and over heads for a (Tk,) bias, of the logits' gradient), not through the scores: use ``class_attention``
+    for those. Deterministic. No device synchronisation. Sequences may be empty: without keys the output is 0, without
+    queries the scores are 0. Rows past the last offset are 0.
 
     Equivalent PyTorch, for each sequence:
         ``F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias, scale=scale)`` on (H, n, d).

@@ -3,6 +3,7 @@
 # make bench  set everything up, then the CPU benchmarks; BENCH=--smoke only proves that they run
 # make fuzz   set everything up, then the native operators under sanitizers with drawn arguments, SECONDS=600 long
 # make cuda   compile the CUDA kernels for every architecture, with NVIDIA's compiler from PyPI: no GPU, no CUDA toolkit
+# make compat a wheel built here, tested under another PyTorch: TORCH=2.11.0 (gigabytes to fetch)
 # make lint   ruff, mypy, clang-format
 # make clean  remove the environment and everything built
 # Needs Python >= 3.10 (PYTHON=... picks one) and a C++ compiler.
@@ -18,8 +19,13 @@ NVCC := build/nvcc
 
 # threads that wait asleep: on a shared machine, spinning ones slow everybody down, themselves included
 export OMP_WAIT_POLICY ?= passive
+# what runs against an installed wheel, without the checkout
+COMPAT := ops nn methods reference test_native.py test_native_rows.py test_native_backward.py test_ragged.py \
+	test_properties.py test_registration.py test_compile.py
 
-.PHONY: demo test bench fuzz cuda lint clean setup
+TORCH ?= 2.11.0
+
+.PHONY: demo test bench fuzz cuda compat lint clean setup
 setup: $(VENV)/.built
 
 demo: setup
@@ -37,6 +43,14 @@ fuzz: setup
 
 cuda: $(VENV)/.requirements $(NVCC)/.installed
 	$(BIN)/python tools/cuda_report.py
+
+# pytest, not python -m pytest: the checkout must not come before the wheel
+compat: setup
+	rm -rf build/wheel && MTVIT_OPS_BUILD_EXT=1 $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/torch-$(TORCH)
+	build/torch-$(TORCH)/bin/pip install --quiet torch==$(TORCH) numpy pytest pytest-xdist hypothesis timm safetensors
+	build/torch-$(TORCH)/bin/pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	OMP_NUM_THREADS=1 build/torch-$(TORCH)/bin/pytest $(addprefix tests/,$(COMPAT)) -q -n 2 -p no:cacheprovider $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -128,7 +128,11 @@ def _dispatch(
 
 def native_operator(name: str, namespace: str = NATIVE_NAMESPACE) -> Kernel:
     """``mtvit_ops_cpp::name``, whose bad values raise ValueError; the extension must be there."""
-    return _native(name, getattr(getattr(torch.ops, namespace), name).default)
+    try:
+        kernel = getattr(getattr(torch.ops, namespace), name).default
+    except AttributeError:
+        raise ImportError(f"the built extension has no {name}: it is older than this code, build it anew") from None
+    return _native(name, kernel)
 
 
 def _native(name: str, kernel: Kernel) -> Kernel:

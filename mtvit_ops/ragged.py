@@ -75,7 +75,8 @@ class RaggedTokens(NamedTuple):
     def select(self, selection: TokenSelection, max_seqlen: int | None = None) -> RaggedTokens:
         """The same tokens with a shorter list; ``max_seqlen`` tightens the bound where the host knows a tighter one."""
         bound = self.max_seqlen if max_seqlen is None else max_seqlen
-        return self._replace(rows=selection.rows, cu_seqlens=selection.cu_seqlens, max_seqlen=bound)
+        # not _replace: PyTorch 2.11 compiles that to an empty tuple where it leaves the graph
+        return RaggedTokens(self.x, selection.rows, selection.cu_seqlens, bound, self.num_prefix_tokens)
 
     def trimmed(self) -> RaggedTokens:
         """Without the dead entries behind the live ones; on the CPU only, since elsewhere looking would wait."""

@@ -32,9 +32,9 @@ def main() -> int:
     if options.seconds <= 0:
         parser.error(f"--seconds must be > 0, got {options.seconds:g}")
     if options.pytest is not None:
-        return subprocess.run(
-            [sys.executable, "-m", "pytest", *options.pytest], env=sanitized(), check=False
-        ).returncode
+        # -P: the checkout, with its own extension, must not come before the sanitized build
+        command = [sys.executable, "-P", "-m", "pytest", *options.pytest]
+        return subprocess.run(command, env=sanitized(), check=False).returncode
     if os.environ.get(INSIDE) != "1":
         environment = {**(os.environ if options.plain else sanitized()), INSIDE: "1"}
         code = subprocess.run([sys.executable, "-P", *sys.argv], env=environment, check=False).returncode

@@ -156,7 +156,8 @@ class MTViT(Method):
             logits = None
             tail = torch.full((len(images),), config.force_tail, dtype=torch.int32, device=images.device)
         convs = [*self.projections, model.patch_embed.proj]
-        tables = [*self.pos_embeds, model.pos_embed]
+        # by number: PyTorch 2.11 cannot compile a walk over the list
+        tables = [*(self.pos_embeds[index] for index in range(len(self.pos_embeds))), model.pos_embed]
         x, offsets = ragged_patch_embed(
             images,
             tail,

@@ -131,7 +131,8 @@ def _cast(a: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
     if not isinstance(a, Tensor):
         return a, weight, bias
     kind = a.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    # not torch.amp.is_autocast_available, which PyTorch 2.11 cannot compile
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return a, weight, bias
     dtype = torch.get_autocast_dtype(kind)
     a, weight, bias = (

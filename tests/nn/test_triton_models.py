@@ -28,6 +28,8 @@ def place(request: pytest.FixtureRequest) -> tuple[str, str]:
     backend, device = request.param
     if not _backend.available_backends()[backend].available:
         pytest.skip(_backend.available_backends()[backend].reason)
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
     if (device == "cpu") != _backend.triton_is_interpreted():
         pytest.skip("Triton runs on the CPU with TRITON_INTERPRET=1, and on GPUs without it")
     return request.param

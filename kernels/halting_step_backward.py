@@ -187,6 +187,6 @@ def halting_step_backward(
             BLOCK_R=block_r,
             BLOCK_D=block_d,
             num_warps=4,
-            **roomy(x.device, 128),
+            **roomy(x.device),
         )
     return grad_x, new_grad_remainder

@@ -90,7 +90,7 @@ def tables(result: dict[str, Any]) -> str:
         f"{facts['cpu']}, {facts['cores']} cores, threads as given, {facts['isa']}; torch"
         f" {facts['torch']}, timm {facts['timm']}, mtvit_ops {facts['mtvit_ops']} at {facts['commit']}. Random weights,"
         " inference, our linear weights packed (`pack_weights`), timm as it is; all columns of a row timed in turn in"
-        f" one process, medians of {rows[0]['rounds']} rounds, ratios paired by round.",
+        f" one process, each on warm caches, medians of {rows[0]['rounds']} rounds, ratios paired by round.",
         "",
         "### Targets",
         "",

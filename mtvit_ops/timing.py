@@ -17,7 +17,7 @@ import torch
 
 from .progress import Progress
 
-WARM_UP_ROUNDS = 2  # the first allocates, the second has warm caches
+WARM_UP_ROUNDS = 2  # the first allocates
 
 
 class Spread(NamedTuple):
@@ -46,8 +46,9 @@ def time_interleaved(
 ) -> dict[str, tuple[float, ...]]:
     """Seconds of each run in each round, under ``torch.inference_mode``.
 
-    Every round runs everything once, in an order that changes, so that heat, clock changes and neighbours on the
-    machine fall on all alike.
+    Every round runs everything, in an order that changes, so that heat, clock changes and neighbours on the machine
+    fall on all alike; each twice, of which the second counts: as when serving, a run finds in the caches what its own
+    kind left there, not what its rival did.
 
     Args:
         runs: what to time, by name.
@@ -67,6 +68,7 @@ def time_interleaved(
             first = index % len(names)
             order = names[first:] + names[:first]
             for name in order if index % 2 == 0 else reversed(order):
+                runs[name]()
                 _wait(device)
                 start = time.perf_counter()
                 runs[name]()

@@ -287,8 +287,9 @@ def test_interleaving_runs_everything_equally_often() -> None:
     runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
     seconds = time_interleaved(runs, rounds=3)
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
-    warm_up, rounds = order[:6], order[6:]
+    warm_up, rounds = order[:6], order[6::2]
     assert warm_up == list("abcabc")
+    assert order[7::2] == rounds  # each twice, one after the other
     assert [sorted(rounds[start : start + 3]) for start in (0, 3, 6)] == [list("abc")] * 3
     assert rounds[:3] != rounds[3:6]
     with pytest.raises(ValueError, match="rounds must be >= 1, got 0"):

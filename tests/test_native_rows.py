@@ -306,7 +306,7 @@ def test_pack_greedy():
 
 
 @pytest.mark.skipif(FORCED, reason="this run is one of its children")
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set(level):
     """All the native tests again, under the levels that this run does not use."""
     script = "from mtvit_ops import _extension; print(_extension.build_info()['isa'])"

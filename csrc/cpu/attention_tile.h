@@ -5,6 +5,9 @@
 // probability is final when it is first seen. Every row's result is independent of the rows beside it.
 #pragma once
 #include "gemm.h"
+#ifdef MTVIT_OPS_BF16_DOTS
+#include "gemm_bf16.h"
+#endif
 #include "kernels.h"
 #include "simd.h"
 
@@ -42,6 +45,60 @@ MTVIT_INLINE float softmax_row(float* s, int64_t columns, const float* bias, Vec
   return sum(total);
 }
 
+// Logits of a tile of queries, in base 2: float32 products, whatever the dtype.
+template <typename E>
+struct Logits {
+  int64_t d, depth, columns, lds;
+  float *k_panels, *queries, *logits;
+  float scale;
+
+  void pack(const typename E::T* k, int64_t stride, int64_t nk) const { pack_keys<E>(k, stride, nk, d, k_panels); }
+
+  void multiply(const typename E::T* q, int64_t stride, int64_t rows) const {
+    for (int64_t i = 0; i < rows; ++i, q += stride) {
+      int64_t c = 0;
+      for (; c + W <= d; c += W) store(queries + i * depth + c, E::load(q + c) * scale);
+      if (c < d) store(queries + i * depth + c, load_part<E>(q + c, d - c) * scale);
+    }
+    mtvit_ops::multiply(rows, queries, depth, k_panels, d, logits, lds, columns);
+  }
+};
+
+#ifdef MTVIT_OPS_BF16_DOTS
+// Pairs of bfloat16 products, exact before they are added; heads wider than a sum may be long take the other way.
+template <>
+struct Logits<BF16> {
+  int64_t d, depth, columns, lds;
+  float *k_panels, *queries, *logits;
+  float scale;
+
+  void pack(const uint16_t* k, int64_t stride, int64_t nk) const {
+    if (num_pairs(d) > kMostPairs) return pack_keys<BF16>(k, stride, nk, d, k_panels);
+    pack_key_pairs(k, stride, nk, d, k_panels);
+  }
+
+  void multiply(const uint16_t* q, int64_t stride, int64_t rows) const {
+    const int64_t pairs = num_pairs(d);
+    if (pairs > kMostPairs) return multiply_wide(q, stride, rows);
+    for (int64_t i = 0; i < rows; ++i, q += stride) {
+      for (int64_t c = 0; c < pairs; c += W) store(queries + i * depth + c, load_pairs(q + 2 * c, d - 2 * c));
+    }
+    multiply_pairs(rows, queries, depth, k_panels, pairs, logits, lds, columns, scale);
+  }
+
+ private:
+  void multiply_wide(const uint16_t* q, int64_t stride, int64_t rows) const {
+    for (int64_t i = 0; i < rows; ++i, q += stride) {
+      for (int64_t c = 0; c < d; c += W) {
+        const int64_t left = d - c < W ? d - c : W;
+        store(queries + i * depth + c, load_part<BF16>(q + c, left) * scale);
+      }
+    }
+    mtvit_ops::multiply(rows, queries, depth, k_panels, d, logits, lds, columns);
+  }
+};
+#endif
+
 template <typename E>
 void attention_blocks(const AttentionTask& t) {
   using T = typename E::T;
@@ -57,14 +114,14 @@ void attention_blocks(const AttentionTask& t) {
   float* bias = t.bias ? after : nullptr;
   MTVIT_ASSERT(after + (t.bias ? columns : 0) <= t.scratch + scratch_floats(nk, d, dv));
 
-  pack_keys<E>(static_cast<const T*>(t.k), t.k_stride, nk, d, k_panels);
+  const Logits<E> product{d, depth, columns, lds, k_panels, queries, logits, t.scale * kLog2E};
+  product.pack(static_cast<const T*>(t.k), t.k_stride, nk);
   pack_values<E>(static_cast<const T*>(t.v), t.v_stride, nk, dv, v_panels);
   Vec tail;
   for (int i = 0; i < W; ++i) tail[i] = columns - W + i < nk ? 0.0f : -__builtin_inff();
   if (bias) {
     for (int64_t j = 0; j < columns; ++j) bias[j] = j < nk ? t.bias[j * t.bias_stride] * kLog2E : -__builtin_inff();
   }
-  const float to_base_2 = t.scale * kLog2E;
 
   const int64_t blocks = num_blocks(t.nq);
   for (int64_t block = t.block_begin; block < t.block_end; ++block) {
@@ -74,13 +131,7 @@ void attention_blocks(const AttentionTask& t) {
     for (int64_t row = block * t.nq / blocks; row < end;) {
       // rows left, in as few tiles as there must be, all about as tall
       const int64_t left = end - row, rows = left / ((left + kRows - 1) / kRows);
-      for (int64_t i = 0; i < rows; ++i) {
-        const T* q = static_cast<const T*>(t.q) + (row + i) * t.q_stride;
-        int64_t c = 0;
-        for (; c + W <= d; c += W) store(queries + i * depth + c, E::load(q + c) * to_base_2);
-        if (c < d) store(queries + i * depth + c, load_part<E>(q + c, d - c) * to_base_2);
-      }
-      multiply(rows, queries, depth, k_panels, d, logits, lds, columns);
+      product.multiply(static_cast<const T*>(t.q) + row * t.q_stride, t.q_stride, rows);
       float inverse[kRows];
       for (int64_t i = 0; i < rows; ++i) {
         float top;

@@ -20,6 +20,7 @@ std::vector<const Kernels*> levels_of_this_cpu() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       levels.push_back(&kernels_avx512);
+      if (__builtin_cpu_supports("avx512bf16")) levels.push_back(&kernels_avx512bf16);
     }
   }
 #endif

@@ -53,7 +53,10 @@ void exp2_array(const float* x, float* out, int64_t n) {
 
 }  // namespace
 
-#if defined(MTVIT_OPS_ISA_avx512)
+#if defined(MTVIT_OPS_ISA_avx512bf16)
+const Kernels kernels_avx512bf16{"avx512bf16",     attention,  attention_backward, layer_norm,
+                                 scatter_residual, to_float32, exp2_array};
+#elif defined(MTVIT_OPS_ISA_avx512)
 const Kernels kernels_avx512{"avx512",         attention,  attention_backward, layer_norm,
                              scatter_residual, to_float32, exp2_array};
 #elif defined(MTVIT_OPS_ISA_avx2)

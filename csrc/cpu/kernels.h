@@ -117,7 +117,7 @@ struct Kernels {
   void (*exp2)(const float* x, float* out, int64_t n);
 };
 
-extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512bf16;
 
 // The level this CPU runs best, or the one MTVIT_OPS_ISA names; throws where the CPU lacks that one.
 const Kernels& kernels();

@@ -6,7 +6,7 @@
 namespace mtvit_ops {
 namespace {
 
-#if defined(MTVIT_OPS_ISA_avx512)
+#if defined(MTVIT_OPS_ISA_avx512) || defined(MTVIT_OPS_ISA_avx512bf16)
 constexpr int W = 16;
 constexpr int kRows = 12;  // 12 x 2 accumulators, 2 vectors of B and a broadcast in 32 registers
 #elif defined(MTVIT_OPS_ISA_avx2)
@@ -152,7 +152,7 @@ MTVIT_INLINE Vec zip(Vec a, Vec b) {
 #define MTVIT_SHUFFLE(...) __builtin_shuffle(a, b, IVec{__VA_ARGS__})
 #endif
   constexpr int o = HALF * W / 2;
-#if defined(MTVIT_OPS_ISA_avx512)
+#if defined(MTVIT_OPS_ISA_avx512) || defined(MTVIT_OPS_ISA_avx512bf16)
   return MTVIT_SHUFFLE(o, o + 16, o + 1, o + 17, o + 2, o + 18, o + 3, o + 19, o + 4, o + 20, o + 5, o + 21, o + 6,
                        o + 22, o + 7, o + 23);
 #elif defined(MTVIT_OPS_ISA_avx2)

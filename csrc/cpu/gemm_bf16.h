@@ -1,0 +1,93 @@
+// Products of bfloat16 matrices by the instruction that multiplies pairs (AVX512_BF16): twice the float32 products a
+// cycle, no widening; sums are float32, subnormal factors count as 0.
+#pragma once
+#include <immintrin.h>
+
+#include "gemm.h"
+
+namespace mtvit_ops {
+namespace {
+
+constexpr int64_t kMostPairs = 128;  // of one sum; a longer one would need parts, as in gemm.h
+
+constexpr int64_t num_pairs(int64_t depth) {
+  return (depth + 1) / 2;
+}
+
+// Up to W pairs of a row of n numbers, zeros behind them.
+MTVIT_INLINE Vec load_pairs(const uint16_t* p, int64_t n) {
+  Vec pairs{};
+  __builtin_memcpy(&pairs, p, static_cast<size_t>(2 * (n < 2 * W ? n : 2 * W)));
+  return pairs;
+}
+
+// k (nk, d) to panels of K^T: (pairs, panel width) each, zero past the last key; a float here is a pair.
+inline void pack_key_pairs(const uint16_t* k, int64_t stride, int64_t nk, int64_t d, float* panels) {
+  const int64_t columns = round_up(nk, W), pairs = num_pairs(d);
+  for (int64_t first = 0; first < columns; first += W) {
+    const int64_t panel = first / (2 * W) * (2 * W);
+    const int64_t width = panel + 2 * W <= columns ? 2 * W : W;
+    float* to = panels + panel * pairs + (first - panel);
+    const int64_t keys = nk - first < W ? nk - first : W;
+    for (int64_t c = 0; c < pairs; c += W) {
+      const int64_t depth = pairs - c < W ? pairs - c : W;
+      Vec block[W];
+      for (int64_t i = 0; i < W; ++i) {
+        block[i] = i < keys ? load_pairs(k + (first + i) * stride + 2 * c, d - 2 * c) : Vec{};
+      }
+      transpose(block);
+      for (int64_t i = 0; i < depth; ++i) store(to + (c + i) * width, block[i]);
+    }
+  }
+}
+
+template <int MR, int NV>
+__attribute__((noinline)) void multiply_pair_tile(const float* a, int64_t lda, const float* b, int64_t pairs, float* c,
+                                                  int64_t ldc, float scale) {
+  __m512 acc[MR][NV] = {};
+  for (int64_t k = 0; k < pairs; ++k) {
+    __m512bh bk[NV];
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) bk[j] = bits<__m512bh>(load(b + j * W));
+    b += NV * W;
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) {
+      int32_t pair;
+      __builtin_memcpy(&pair, a + i * lda + k, sizeof pair);  // as an integer: as a float it may be a NaN
+      const auto aik = bits<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], aik, bk[j]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, bits<Vec>(acc[i][j]) * scale);
+  }
+}
+
+template <int NV, int MR = kRows>
+MTVIT_INLINE void multiply_pair_rows(int64_t rows, const float* a, int64_t lda, const float* b, int64_t pairs, float* c,
+                                     int64_t ldc, float scale) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return multiply_pair_rows<NV, MR - 1>(rows, a, lda, b, pairs, c, ldc, scale);
+  }
+  multiply_pair_tile<MR, NV>(a, lda, b, pairs, c, ldc, scale);
+}
+
+// c (rows, columns) = scale * a (rows, pairs) times b (pairs, columns) in panels; rows <= kRows, columns is a multiple
+// of W, pairs <= kMostPairs.
+inline void multiply_pairs(int64_t rows, const float* a, int64_t lda, const float* b, int64_t pairs, float* c,
+                           int64_t ldc, int64_t columns, float scale) {
+  for (int64_t j = 0; j < columns; j += 2 * W) {
+    const float* panel = b + j * pairs;
+    if (j + 2 * W <= columns) {
+      multiply_pair_rows<2>(rows, a, lda, panel, pairs, c + j, ldc, scale);
+    } else {
+      multiply_pair_rows<1>(rows, a, lda, panel, pairs, c + j, ldc, scale);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mtvit_ops

@@ -39,7 +39,8 @@ void multiply_turned(int64_t m, const float* a, int64_t lda, const float* b, int
 }
 
 // Rows of logits in base 2 to probabilities, and rows of their gradients to the logits' gradients, in place.
-MTVIT_INLINE void gradient_row(float* s, float* ds, int64_t columns, const float* bias, Vec tail, float lse) {
+MTVIT_INLINE void gradient_row(float* s, float* ds, int64_t columns, const float* bias, Vec tail, float lse,
+                               bool alone) {
   // no key, no probability
   const float shift = lse == -__builtin_inff() ? __builtin_inff() : lse * kLog2E;
   Vec product{};
@@ -55,7 +56,8 @@ MTVIT_INLINE void gradient_row(float* s, float* ds, int64_t columns, const float
     product += p * load(ds + j);
   }
   const float mean = sum(product);
-  for (int64_t j = 0; j < columns; j += W) store(ds + j, load(s + j) * (load(ds + j) - mean));
+  // the weight of a single key is 1, whatever its logit
+  for (int64_t j = 0; j < columns; j += W) store(ds + j, alone ? Vec{} : load(s + j) * (load(ds + j) - mean));
 }
 
 template <typename E>
@@ -112,7 +114,7 @@ void attention_gradients(const AttentionBackwardTask& t) {
       multiply(rows, queries + row * depth, depth, k_turned, d, s + row * lds, lds, columns);
       multiply(rows, grads + row * values, values, v_turned, dv, ds + row * lds, lds, columns);
       for (int64_t i = row; i < row + rows; ++i) {
-        gradient_row(s + i * lds, ds + i * lds, columns, bias, tail, t.lse[(first + i) * t.lse_stride]);
+        gradient_row(s + i * lds, ds + i * lds, columns, bias, tail, t.lse[(first + i) * t.lse_stride], nk == 1);
       }
       for (int64_t j = 0; j < columns; j += W) {
         Vec column = load(grad_bias + j);

@@ -3,6 +3,7 @@
 //   x (R, D), rows (T,) or none (T = R), cu_seqlens (B + 1,)
 //   attention_half_:    x[rows] += proj(attention(qkv(layer_norm(x[rows]))))
 //   feed_forward_half_: x[rows] += fc2(gelu(fc1(layer_norm(x[rows]))))
+//   block_:             one after the other
 // Nine operators dispatched from Python are serial time that a removed token does not shorten. Each step here is the
 // operator itself with its checks; weights may be packed by mkldnn::_reorder_linear_weight. T may be 0.
 #include <optional>
@@ -36,6 +37,17 @@ void feed_forward_half_(Tensor x, std::optional<Tensor> rows, const Tensor& norm
   scatter_residual_(x, rows, onednn_linear(hidden, fc2_weight, fc2_bias), std::nullopt);
 }
 
+void block_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
+            const Tensor& norm1_weight, const Tensor& norm1_bias, double norm1_eps, const Tensor& qkv_weight,
+            std::optional<Tensor> qkv_bias, int64_t heads, double scale, const Tensor& proj_weight,
+            std::optional<Tensor> proj_bias, const Tensor& norm2_weight, const Tensor& norm2_bias, double norm2_eps,
+            const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
+            std::optional<Tensor> fc2_bias) {
+  attention_half_(x, rows, cu_seqlens, max_seqlen, norm1_weight, norm1_bias, norm1_eps, qkv_weight, qkv_bias, heads,
+                  scale, 0, proj_weight, proj_bias);
+  feed_forward_half_(x, rows, norm2_weight, norm2_bias, norm2_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+}
+
 }  // namespace
 }  // namespace mtvit_ops
 
@@ -47,15 +59,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
   m.def(
       "feed_forward_half_(Tensor(a!) x, Tensor? rows, Tensor norm_weight, Tensor norm_bias, float eps, "
       "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias) -> ()");
+  m.def(
+      "block_(Tensor(a!) x, Tensor? rows, Tensor cu_seqlens, int max_seqlen, Tensor norm1_weight, Tensor norm1_bias, "
+      "float norm1_eps, Tensor qkv_weight, Tensor? qkv_bias, int heads, float scale, Tensor proj_weight, "
+      "Tensor? proj_bias, Tensor norm2_weight, Tensor norm2_bias, float norm2_eps, Tensor fc1_weight, "
+      "Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
   m.impl("attention_half_", TORCH_BOX(&mtvit_ops::attention_half_));
   m.impl("feed_forward_half_", TORCH_BOX(&mtvit_ops::feed_forward_half_));
+  m.impl("block_", TORCH_BOX(&mtvit_ops::block_));
 }
 
 // packed weights are tensors of this kind
 STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, MkldnnCPU, m) {
   m.impl("attention_half_", TORCH_BOX(&mtvit_ops::attention_half_));
   m.impl("feed_forward_half_", TORCH_BOX(&mtvit_ops::feed_forward_half_));
+  m.impl("block_", TORCH_BOX(&mtvit_ops::block_));
 }

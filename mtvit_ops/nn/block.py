@@ -14,7 +14,7 @@ from ..ops.varlen_attention import SCORES
 from ..ragged import RaggedTokens
 from . import ragged_block
 from .attention import Attention
-from .half_block import attention_half_, feed_forward_half_, is_plain_norm
+from .half_block import attention_half_, block_, feed_forward_half_, is_plain_norm
 from .mlp import Mlp
 
 
@@ -38,6 +38,10 @@ class Block(nn.Module):
         """Both halves; the caller's tokens are left as they are."""
         attended = self.attend(tokens)
         return self.feed_forward(attended.tokens, normed=attended.normed)
+
+    def run_(self, tokens: RaggedTokens) -> bool:
+        """Both halves into ``tokens.x`` as one native operator; False: it cannot serve here, and nothing was done."""
+        return type(self.attn) is Attention and type(self.mlp) is Mlp and block_(self, tokens)
 
     def attend(
         self,

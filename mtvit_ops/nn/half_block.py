@@ -1,4 +1,4 @@
-"""The two halves of a block as one native operator each: Python is left twice a block instead of nine times."""
+"""A block, or each of its halves, as one native operator: Python is left once or twice a block, not nine times."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class _Halves(NamedTuple):
     attention: Callable[..., Tensor]
     feed_forward: Callable[..., None]
+    block: Callable[..., None]
 
 
 def attention_half_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor | None:
@@ -31,35 +32,65 @@ def attention_half_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor |
     None: it cannot serve here, and nothing was done.
     """
     x = tokens.x
-    parts: dict[str, Any] = block._modules
-    attn = parts["attn"]
     halves = _halves_for(x)
-    if halves is None or not is_plain(attn):
+    given = None if halves is None else _attention_arguments(block, x)
+    if halves is None or given is None:
         return None
-    norm = _affine(parts["norm1"])
-    qkv, proj = _weights(x, attn._modules["qkv"]), _weights(x, attn._modules["proj"])
-    if norm is None or qkv is None or proj is None:
-        return None
-    return halves.attention(
-        *(x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, *norm),
-        *(*qkv, attn.num_heads, attn.scale, scores, *proj),
-    )
+    into, out_of = given
+    return halves.attention(x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, *into, scores, *out_of)
 
 
 def feed_forward_half_(block: Block, tokens: RaggedTokens) -> bool:
     """``x[rows] += fc2(gelu(fc1(norm2(x[rows]))))``; False: it cannot serve here, and nothing was done."""
     x = tokens.x
+    halves = _halves_for(x)
+    given = None if halves is None else _feed_forward_arguments(block, x)
+    if halves is None or given is None:
+        return False
+    halves.feed_forward(x, tokens.rows, *given)
+    return True
+
+
+def block_(block: Block, tokens: RaggedTokens) -> bool:
+    """Both halves, without scores; False: it cannot serve here, and nothing was done."""
+    x = tokens.x
+    halves = _halves_for(x)
+    if halves is None:
+        return False
+    attention, feed_forward = _attention_arguments(block, x), _feed_forward_arguments(block, x)
+    if attention is None or feed_forward is None:
+        return False
+    into, out_of = attention
+    halves.block(x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, *into, *out_of, *feed_forward)
+    return True
+
+
+Arguments = tuple[Any, ...]
+
+
+def _attention_arguments(block: Block, x: Tensor) -> tuple[Arguments, Arguments] | None:
+    """Those of the norm, the first layer and the heads, and those of the last layer."""
+    parts: dict[str, Any] = block._modules
+    attn = parts["attn"]
+    if not is_plain(attn):
+        return None
+    norm = _affine(parts["norm1"])
+    qkv, proj = _weights(x, attn._modules["qkv"]), _weights(x, attn._modules["proj"])
+    if norm is None or qkv is None or proj is None:
+        return None
+    return (*norm, *qkv, attn.num_heads, attn.scale), proj
+
+
+def _feed_forward_arguments(block: Block, x: Tensor) -> Arguments | None:
     parts: dict[str, Any] = block._modules
     mlp = parts["mlp"]
-    halves = _halves_for(x)
-    if halves is None or not is_plain(mlp):
-        return False
+    if not is_plain(mlp):
+        return None
     norm = _affine(parts["norm2"])
     fc1, fc2 = _weights(x, mlp._modules["fc1"]), _weights(x, mlp._modules["fc2"])
     if norm is None or fc1 is None or fc2 is None:
-        return False
-    halves.feed_forward(x, tokens.rows, *norm, *fc1, *fc2)
-    return True
+        return None
+    return (*norm, *fc1, *fc2)
 
 
 @cache
@@ -70,7 +101,7 @@ def _native_halves() -> _Halves | None:
     if missing:
         _backend.say_once(logging.INFO, f"blocks run as single operators on the CPU, since {missing}")
         return None
-    return _Halves(native_operator("attention_half_"), native_operator("feed_forward_half_"))
+    return _Halves(*map(native_operator, ("attention_half_", "feed_forward_half_", "block_")))
 
 
 def _halves_for(x: Tensor) -> _Halves | None:

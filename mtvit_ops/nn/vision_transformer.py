@@ -118,6 +118,7 @@ class VisionTransformer(nn.Module):
         self.check_images(images)
         method, inplace = self.method, not torch.is_grad_enabled()
         ragged = method.counts_are_dynamic
+        whole = inplace and type(method).after_attention is Method.after_attention  # nobody acts within a block
         tokens, state = method.embed(self, images)
         first_rows = tokens.cu_seqlens[:-1].long()
         recorder = TraceRecorder() if return_trace else None
@@ -126,11 +127,12 @@ class VisionTransformer(nn.Module):
             if recorder is not None:
                 recorder.enter(tokens)
             scores = method.scores_at(index, return_trace)
-            attended = block.attend(tokens, scores=scores, inplace=inplace, ragged=ragged)
-            tokens, state = method.after_attention(index, attended.tokens, state, attended.scores)
-            # a method may have dropped tokens, or written some
-            normed = attended.normed if tokens is attended.tokens else None
-            tokens = block.feed_forward(tokens, inplace=inplace, ragged=ragged, normed=normed)
+            if not (whole and scores is None and type(block) is Block and block.run_(tokens)):
+                attended = block.attend(tokens, scores=scores, inplace=inplace, ragged=ragged)
+                tokens, state = method.after_attention(index, attended.tokens, state, attended.scores)
+                # a method may have dropped tokens, or written some
+                normed = attended.normed if tokens is attended.tokens else None
+                tokens = block.feed_forward(tokens, inplace=inplace, ragged=ragged, normed=normed)
             tokens, state = method.after_block(index, tokens, state)
             if recorder is not None:
                 recorder.leave(state)

@@ -97,11 +97,36 @@ def test_a_model_in_place_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = half_block._Halves(
         lambda *args: (calls.append("attention"), real.attention(*args))[1],
         lambda *args: (calls.append("feed_forward"), real.feed_forward(*args))[1],
+        lambda *args: (calls.append("block"), real.block(*args))[1],
     )
     monkeypatch.setattr(half_block, "_native_halves", lambda: counted)
-    model = mtvit_ops.create_model("evovit_tiny_patch16_224", img_size=64, depth=3).eval()
-    model(torch.randn(2, 3, 64, 64))
-    assert calls == ["attention", "feed_forward"] * 3
+    images = torch.randn(2, 3, 64, 64)
+    mtvit_ops.create_model("evovit_tiny_patch16_224", img_size=64, depth=3).eval()(images)
+    assert calls == ["attention", "feed_forward"] * 3  # the method acts between them
+    calls.clear()
+    mtvit_ops.create_model("avit_tiny_patch16_224", img_size=64, depth=3).eval()(images)
+    assert calls == ["block"] * 3
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_block_is_its_halves(case: str, dtype: torch.dtype, packed: bool) -> None:
+    block, tokens = make_block(dtype, packed), make_tokens(case, dtype)
+    whole, halves = copied(tokens), copied(tokens)
+    assert block.run_(whole) == (dtype in onednn_dtypes())
+    if dtype in onednn_dtypes():
+        assert half_block.attention_half_(block, halves, 0) is not None
+        assert half_block.feed_forward_half_(block, halves)
+    assert_equal("x", whole.x, halves.x)
+
+
+def test_a_block_with_one_watched_half_does_nothing() -> None:
+    block, tokens = make_block(), make_tokens()
+    block.mlp.fc2.register_forward_hook(lambda *_: None)
+    before = tokens.x.clone()
+    assert not block.run_(tokens)
+    assert_equal("x", tokens.x, before)
 
 
 def test_unlisted_rows_are_left_alone() -> None:

@@ -49,6 +49,7 @@ def bench_varlen_attention(dtype: str, name: str, batch: int, compare: Callable[
             "with mean scores": lambda: varlen_attention(q, k, v, cu_seqlens, longest, scores="mean"),
         },
         "varlen_attention",
+        short=True,
         table="attention",
         dtype=dtype,
         batch=batch,

@@ -53,15 +53,17 @@ _KEPT: list[torch.library.Library] = []
 def compare(request: pytest.FixtureRequest, benchmark: Any, smoke: bool) -> Callable[..., dict[str, float]]:
     """Time candidates in turn and record medians and ratios.
 
-    ``compare(runs, subject, **facts)``: ``runs`` maps names to callables, ``subject`` is the one that pytest-benchmark
-    shows. Returns the seconds of each (median); the record holds them, the quartiles, and the paired ratios to the
-    subject (median over rounds of candidate / subject).
+    ``compare(runs, subject, short=False, **facts)``: ``runs`` maps names to callables, ``subject`` is the one that
+    pytest-benchmark shows, ``short`` runs get ten times the rounds. Returns the seconds of each (median); the record
+    holds them, the quartiles, and the paired ratios to the subject (median over rounds of candidate / subject).
     """
 
-    def run(runs: Mapping[str, Callable[[], object]], subject: str, **facts: Any) -> dict[str, float]:
+    def run(
+        runs: Mapping[str, Callable[[], object]], subject: str, short: bool = False, **facts: Any
+    ) -> dict[str, float]:
         from mtvit_ops.timing import spread, time_interleaved
 
-        rounds = 2 if smoke else request.config.getoption("--rounds")
+        rounds = 2 if smoke else (10 if short else 1) * request.config.getoption("--rounds")
         seconds = time_interleaved(runs, rounds)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         benchmark.extra_info.update(

@@ -18,14 +18,15 @@ class Target(NamedTuple):
     at_most: bool = False
 
     def judge(self, rows: list[Row]) -> str:
-        """The line of the table: the worst cell, how many hold, and which do not."""
+        """The line of the table: the worst cell, how many hold, and the worst that do not."""
         found = list(self.cells(rows))
         if not found:
             return f"| {self.text} | not measured | | |"
         sign = -1 if self.at_most else 1
         missed = sorted((sign * value, where) for where, value in found if sign * value < sign * self.bound)
         where, worst = min(found, key=lambda cell: sign * cell[1])
-        listed = ", ".join(f"{name} ({sign * value:.2f})" for value, name in missed) or "none"
+        listed = ", ".join(f"{name} ({sign * value:.2f})" for value, name in missed[:4]) or "none"
+        listed += f" and {len(missed) - 4} more" if len(missed) > 4 else ""
         return f"| {self.text} | {worst:.2f} ({where}) | {len(found) - len(missed)} of {len(found)} | {listed} |"
 
 
@@ -86,11 +87,13 @@ def tables(result: dict[str, Any]) -> str:
     """Markdown: conditions, targets, then a table each for models, attention and ops."""
     facts, rows = result["machine"], result["rows"]
     threads = sorted({row["threads"] for row in rows})
+    commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))
+    rounds = " to ".join(map(str, sorted({row["rounds"] for row in rows})))
     lines = [
         f"{facts['cpu']}, {facts['cores']} cores, threads as given, {facts['isa']}; torch"
-        f" {facts['torch']}, timm {facts['timm']}, mtvit_ops {facts['mtvit_ops']} at {facts['commit']}. Random weights,"
+        f" {facts['torch']}, timm {facts['timm']}, mtvit_ops {facts['mtvit_ops']} at {commits}. Random weights,"
         " inference, our linear weights packed (`pack_weights`), timm as it is; all columns of a row timed in turn in"
-        f" one process, each on warm caches, medians of {rows[0]['rounds']} rounds, ratios paired by round.",
+        f" one process, each on warm caches, medians of {rounds} rounds, ratios paired by round.",
         "",
         "### Targets",
         "",

@@ -24,16 +24,21 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, two rounds, results thrown away")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of each comparison (default %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads, in turn (default 1 2)")
-    parser.add_argument("--only", default="", help="pytest -k expression: a part of the benchmarks")
+    parser.add_argument("--only", default="", help="pytest -k expression: a part, the rest stays as it is")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu", help="folder of cpu.json and cpu.md")
     options = parser.parse_args()
     rows = []
     for threads in options.threads:
-        found = run(options, threads)
-        if found is None:
+        measured = run(options, threads)
+        if measured is None:
             return 1
-        rows += found
-    result = {"schema": 2, "machine": machine(), "rows": rows}
+        rows += measured
+    facts = machine()
+    rows = [{**row, "commit": facts["commit"]} for row in rows]
+    if options.only and (options.out / "cpu.json").is_file():  # the rest stays as it was measured
+        before = json.loads((options.out / "cpu.json").read_text())["rows"]
+        rows = list({identity(row): row for row in (*before, *rows)}.values())
+    result = {"schema": 2, "machine": facts, "rows": rows}
     text = tables(result)
     print(text)
     if not options.smoke:
@@ -41,6 +46,11 @@ def main() -> int:
         write(options.out / "cpu.json", json.dumps(result, indent=1) + "\n")
         write(options.out / "cpu.md", text)
     return 0
+
+
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The same for two measurements of one thing."""
+    return tuple(row.get(name) for name in ("table", "size", "op", "dtype", "batch", "tokens", "threads"))
 
 
 def run(options: argparse.Namespace, threads: int) -> list[dict[str, Any]] | None:

@@ -42,7 +42,7 @@ def assert_slope(model: VisionTransformer, images: Tensor, target: Tensor, **wei
         for name, value in parameters.items()
     }
     grads = gradients(model, compute_loss(model, images, target, **weights)[0])
-    slope = sum(float((grads[name] * directions[name]).sum()) for name in parameters)
+    slope = sum(float((grads[name] * directions[name]).detach().sum()) for name in parameters)
     ends = []
     for factor in (step, -2 * step):
         with torch.no_grad():

@@ -175,8 +175,8 @@ def _masked_block(block: Any, x: Tensor, alive: Tensor, offsets: Tensor, length:
     mask = alive[:, None]
     bias = HALTED_KEY_BIAS * (~alive).float()
     x = x + (x.where(mask, 0.0) - x).detach()
-    # behind a norm no gradient reaches a halted token: only the residual goes straight through
-    z = block.norm1(x.where(mask, 0.0)).where(mask, 0.0)
+    # no gradient reaches a halted token from behind a norm: only the residual goes straight through
+    z = block.norm1(x).where(mask, 0.0)
     x = x + block.attn(z, offsets, length, bias)[0].to(x.dtype)
-    z = block.norm2(x.where(mask, 0.0)).where(mask, 0.0)
+    z = block.norm2(x).where(mask, 0.0)
     return x + block.mlp(z).to(x.dtype)

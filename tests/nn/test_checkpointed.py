@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from loss_cases import gradients
@@ -28,6 +30,25 @@ def test_equals_the_model(name: str, backend: str, device: str) -> None:
         assert_rounding(grad / largest, wanted[key] / largest)
     with torch.inference_mode():
         assert_equal("inference", twin(images), model(images))
+
+
+@pytest.mark.parametrize("scores", [None, "class", "mean"])
+def test_a_half_takes_what_a_block_takes(scores: Literal["class", "mean"] | None) -> None:
+    model = build_case("vit")
+    twin = checkpointed_twin(model)
+    found = []
+    for block in (model.blocks[0], twin.blocks[0]):
+        tokens = model.embed(make_images(BATCH))
+        bias = torch.linspace(-2, 2, len(tokens.x)).requires_grad_()
+        attended = block.attend(tokens, key_bias=bias, scores=scores)
+        found.append((attended, *torch.autograd.grad(attended.tokens.x.square().sum(), bias)))
+    (attended, grad), (want, wanted) = found
+    assert_equal("tokens", attended.tokens.x, want.tokens.x)
+    assert_equal("gradient of the key bias", grad, wanted)
+    assert bool((grad != 0).all())
+    assert (attended.scores is None) == (scores is None)
+    if scores is not None:
+        assert_equal("scores", attended.scores, want.scores)
 
 
 @pytest.mark.parametrize("name", ALL)

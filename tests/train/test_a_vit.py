@@ -195,6 +195,20 @@ def test_the_ends_of_the_gate(center: float, ponder: float) -> None:
     assert float(parts["distribution"]) == pytest.approx(0.6110674 if center < 0 else nothing, abs=1e-6)
 
 
+@pytest.mark.parametrize("distribution", [0.0, 1e-3], ids=["removed", "masked"])
+def test_what_never_halts_learns_the_task_like_the_dense_model(distribution: float) -> None:
+    # A2
+    model, images, target = in_float64(build("avit", gate_center=1e9)), make_images(BATCH).double(), make_target(BATCH)
+    dense = model.with_method(create_method("vit"))
+    _, parts = compute_loss(model, images, target, distribution=distribution)
+    want, _ = compute_loss(dense, images, target)
+    assert_rounding(parts["task"].detach(), want.detach())
+    wanted = gradients(model, want)
+    largest = max(float(grad.abs().max()) for grad in wanted.values())
+    for name, grad in gradients(model, parts["task"]).items():
+        assert max_error(grad, wanted[name]) <= 1e-12 * largest, name
+
+
 # A4: sums of .3 pass .99 with the fourth; .995 alone does
 @pytest.mark.parametrize(("score", "ponder"), [(0.3, 4.1), (0.5, 2.5), (0.995, 2.0)])
 def test_ponder_of_constant_scores(score: float, ponder: float) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden_cases import GRADIENTS, LOGITS, assert_close, cases, load, sizes
 from loss_cases import assert_slope, gradients, make_target, saved_bytes
-from model_cases import NUM_TOKENS, TINY, OpCounter, assert_rounding, build, in_float64, make_images
+from model_cases import NUM_TOKENS, TINY, OpCounter, assert_rounding, build, in_float64, make_images, permute_patches
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -91,6 +91,19 @@ def test_removal_has_the_gradients_of_masking(variant: str) -> None:
         assert bool((grad != 0).any()), name
 
 
+@pytest.mark.parametrize("mode", ["stage", "layer"])
+def test_nothing_dropped_learns_like_the_dense_model(mode: str) -> None:
+    # E2
+    model, images, target = evo("nothing-dropped", mode=mode), make_images(BATCH), make_target(BATCH)
+    dense = model.with_method(create_method("vit", pool="mean"))
+    total, _ = compute_loss(model, images, target, task=1.0, class_task=0.0)
+    want, _ = compute_loss(dense, images, target)
+    assert_equal("loss", total.detach(), want.detach())
+    wanted = gradients(model, want)
+    for name, grad in gradients(model, total).items():
+        assert_equal(name, grad, wanted[name])
+
+
 @EVERY_VARIANT
 def test_gradients_are_slopes(variant: str) -> None:
     # scores only rank: through them goes no gradient
@@ -117,6 +130,17 @@ def test_removed_tokens_cost_no_training_time(mode: str) -> None:
         compute_loss(model, images, target)[0].backward()
     heads = 2 * BATCH * WIDTH * CLASSES
     assert found == 3 * (BATCH * sum(live) * 12 * WIDTH**2 + heads)
+
+
+@pytest.mark.parametrize("variant", ["stage", "layer"])
+def test_permuted_patches_change_no_term(variant: str) -> None:
+    # E7
+    model, images, target = in_float64(evo(variant)), make_images(BATCH).double(), make_target(BATCH)
+    _, parts = compute_loss(model, images, target)
+    twin, moved = permute_patches(model, images, torch.randperm(NUM_TOKENS - 1))
+    _, again = compute_loss(twin, moved, target)
+    for name, value in parts.items():
+        assert_rounding(again[name].detach(), value.detach())
 
 
 def test_both_heads_equal_is_the_task() -> None:

@@ -134,3 +134,17 @@ def test_the_package_imports_no_training() -> None:
     root = Path(mtvit_ops.__file__).parent.parent
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("name", ["vit", "avit", "evovit-class-pool"])
+def test_models_of_half_precision(name: str, backend: str, device: str) -> None:
+    # decisions may differ after rounding, so no closeness: every term in float32, every gradient there
+    model = build_case(name, device=device).bfloat16()
+    weights = {"class_task": 0.0} if name.startswith("evovit") else {}
+    images, target = make_images(BATCH, device=device).bfloat16(), make_target(BATCH, device=device)
+    total, parts = compute_loss(model, images, target, **weights)
+    assert all(value.dtype == torch.float32 and bool(value.isfinite()) for value in (total, *parts.values()))
+    for key, grad in gradients(model, total).items():
+        assert grad.dtype == torch.bfloat16
+        assert bool(grad.isfinite().all()), key
+        assert bool((grad != 0).any()), key

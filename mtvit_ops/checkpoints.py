@@ -18,7 +18,8 @@ from .methods._tail_init import resize_pos_embed
 from .nn import VisionTransformer
 
 _EVO_NAMES = (("qks.{}.qk", "qk"), ("vs.{}.v", "v"), ("norms.{}", "norm1"), ("projs.{}", "attn.proj"))
-_EVO_TRAINING_HEAD = ("head_cls.weight", "head_cls.bias", "norm_cls.weight", "norm_cls.bias")
+# Evo-ViT's second classifier, which a model for inference does not have
+_TRAINING_HEAD = tuple(f"{layer}_cls.{kind}" for layer in ("head", "norm") for kind in ("weight", "bias"))
 
 
 class LoadReport(NamedTuple):
@@ -66,6 +67,9 @@ def load_checkpoint(
     state = _read(source)
     layout, state, ignored = _to_own_layout(state)
     own = model.state_dict()
+    for name in _TRAINING_HEAD:
+        if f"method.{name}" not in own and state.pop(f"method.{name}", None) is not None:
+            ignored += (name if layout == "Evo-ViT" else f"method.{name}",)
     positions = state.get("pos_embed")
     if resize_positions and positions is not None and positions.dim() == 3 and positions.shape[1] > 1:
         patches = positions.shape[1] - 1
@@ -139,7 +143,7 @@ def _read_file(path: Path) -> Any:
 def _to_own_layout(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
     """The layout's name, the state under our names, and what was left out."""
     if any(name.startswith("qks.") for name in state):
-        return "Evo-ViT", *_from_evo_vit(state)
+        return "Evo-ViT", _from_evo_vit(state), ()
     if any("patch_life_predictor" in name for name in state):
         return "Life Regression", *_from_life(state)
     # data-parallel training leaves its prefix in every name
@@ -148,9 +152,7 @@ def _to_own_layout(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], tu
     return "timm", dict(state), ()
 
 
-def _from_evo_vit(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    ignored = tuple(name for name in _EVO_TRAINING_HEAD if name in state)
-    state = {name: value for name, value in state.items() if name not in ignored}
+def _from_evo_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -165,13 +167,13 @@ def _from_evo_vit(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[st
                 out[f"blocks.{block}.{own}.{kind}"] = value
             break
         else:
-            out[name] = value
+            out[f"method.{name}" if name in _TRAINING_HEAD else name] = value
     for name, qk in parts.items():
         block, own, kind = name.split(".")
         v = parts.get(f"{block}.v.{kind}")
         if own == "qk" and v is not None and qk.dim() > 0 and qk.dim() == v.dim() and qk.shape[1:] == v.shape[1:]:
             out[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat((qk, v))
-    return out, ignored
+    return out
 
 
 def _from_life(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:

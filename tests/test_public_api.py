@@ -68,6 +68,7 @@ SURFACE = {
         "Trace",
         "ViTConfig",
         "VisionTransformer",
+        "checkpointed_twin",
         "masked_twin",
         "pack_weights",
         "unpack_weights",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import check_choice, check_real
 from ..nn.method import Method
@@ -28,6 +28,7 @@ class EvoViTConfig:
             before every pruned block (the authors' first training epochs).
         prune_cls: classify from the patches alive at the end only; without one, from zeros.
         pool: ``"mean"`` of the patch tokens (the authors' classifier), or the ``"class"`` token (weights trained so).
+        class_head: add the authors' second classifier, on the class token, which only training reads.
     """
 
     keep_ratios: float | tuple[float, ...] = 0.5
@@ -35,6 +36,7 @@ class EvoViTConfig:
     mode: str = "stage"
     prune_cls: bool = False
     pool: str = "mean"
+    class_head: bool = False
 
     def __post_init__(self) -> None:
         for name in ("keep_ratios", "tradeoffs"):
@@ -46,6 +48,7 @@ class EvoViTConfig:
         check_choice("mode", self.mode, ("stage", "layer"))
         check_choice("pool", self.pool, ("mean", "class"))
         check_choice("prune_cls", self.prune_cls, (True, False))
+        check_choice("class_head", self.class_head, (True, False))
 
 
 class EvoViTState(NamedTuple):
@@ -84,6 +87,12 @@ class EvoViT(Method):
         # the first block has nothing to trade off with
         self.tradeoffs = (1.0, *self.tradeoffs[1:])
         self.last_selection = max(chooses, default=-1)
+        if self.config.class_head and not hasattr(self, "head_cls"):
+            sizes = model.config
+            self.norm_cls = nn.LayerNorm(sizes.embed_dim, eps=sizes.norm_eps)
+            self.head_cls = nn.Linear(sizes.embed_dim, sizes.num_classes)
+            nn.init.trunc_normal_(self.head_cls.weight, std=0.02)
+            nn.init.zeros_(self.head_cls.bias)
 
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, EvoViTState]:
         tokens = model.embed(images)

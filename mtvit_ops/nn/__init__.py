@@ -2,6 +2,7 @@
 
 from .attention import Attention
 from .block import Block
+from .checkpointed import checkpointed_twin
 from .linear import PackedLinear, pack_weights, unpack_weights
 from .masked import masked_twin
 from .method import Method
@@ -20,6 +21,7 @@ __all__ = [
     "Trace",
     "ViTConfig",
     "VisionTransformer",
+    "checkpointed_twin",
     "masked_twin",
     "pack_weights",
     "unpack_weights",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -116,17 +116,33 @@ class VisionTransformer(nn.Module):
             TypeError, ValueError: images of another rank, size, dtype or device.
         """
         self.check_images(images)
+        recorder = TraceRecorder() if return_trace else None
+        first_rows, tokens, state = self.encode(images, recorder)
+        logits = self.classify(self.method.readout(first_rows, tokens, state).to(images.dtype))
+        if recorder is None:
+            return logits
+        return logits, recorder.trace(first_rows, self.method)
+
+    def encode(self, images: Tensor, recorder: TraceRecorder | None = None) -> tuple[Tensor, RaggedTokens, Any]:
+        """Embedding and all blocks, as the method has it.
+
+        Args:
+            images: as ``forward`` takes them, unchecked.
+            recorder: is told what each block sees.
+
+        Returns:
+            The class tokens' rows (B,), int64; the tokens after the last block; the method's last state.
+        """
         method, inplace = self.method, not torch.is_grad_enabled()
         ragged = method.counts_are_dynamic
         whole = inplace and type(method).after_attention is Method.after_attention  # nobody acts within a block
         tokens, state = method.embed(self, images)
         first_rows = tokens.cu_seqlens[:-1].long()
-        recorder = TraceRecorder() if return_trace else None
         for index, block in enumerate(cast("list[Block]", self.blocks)):
             tokens, state = method.before_block(index, tokens, state)
             if recorder is not None:
                 recorder.enter(tokens)
-            scores = method.scores_at(index, return_trace)
+            scores = method.scores_at(index, recorder is not None)
             if not (whole and scores is None and type(block) is Block and block.run_(tokens)):
                 attended = block.attend(tokens, scores=scores, inplace=inplace, ragged=ragged)
                 tokens, state = method.after_attention(index, attended.tokens, state, attended.scores)
@@ -136,11 +152,11 @@ class VisionTransformer(nn.Module):
             tokens, state = method.after_block(index, tokens, state)
             if recorder is not None:
                 recorder.leave(state)
-        pooled = method.readout(first_rows, tokens, state).to(images.dtype)
-        logits = linear(self.norm(pooled), self.head)
-        if recorder is None:
-            return logits
-        return logits, recorder.trace(first_rows, method)
+        return first_rows, tokens, state
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Final norm and classifier, (B, D) to (B, num_classes)."""
+        return linear(self.norm(pooled), self.head)
 
     def check_images(self, images: Tensor) -> None:
         """Refuse what the model cannot read, in words."""

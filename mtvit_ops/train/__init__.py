@@ -1,0 +1,5 @@
+"""Losses and training forwards of the methods."""
+
+from .compute_loss import compute_loss
+
+__all__ = ["compute_loss"]

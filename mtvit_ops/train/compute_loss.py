@@ -1,0 +1,58 @@
+"""One door to the training losses of all methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from ..methods import AViT, Dense, EvoViT, Life, MTViT
+from ..nn import Method, VisionTransformer
+from ._task import check_target
+
+# the file beside this one with the method's loss; only the one that is asked for is imported
+_FILES: dict[type[Method], str] = {Dense: "dense", AViT: "a_vit", EvoViT: "evo_vit", Life: "life", MTViT: "mt_vit"}
+
+
+def compute_loss(
+    model: VisionTransformer, images: Tensor, target: Tensor, **weights: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run a model as its method trains, and weigh what the method minimises.
+
+    Args:
+        model: of ``create_model``, or a twin of one (``nn.checkpointed_twin``, ``nn.masked_twin``).
+        images: (B, in_chans, img_size, img_size), dtype and device of the weights, B >= 1.
+        target: class indices, (B,), int64, in [0, num_classes); or soft targets, (B, num_classes), any float dtype.
+        weights: fields of the method's own dataclass, by name: ``DenseLoss``, ``AViTLoss``, ``EvoViTLoss``,
+            ``LifeLoss`` or ``MTViTLoss`` in ``mtvit_ops.train.<method>``, which say what they mean and where their
+            defaults come from.
+
+    Returns:
+        The loss, a scalar, and its named terms before they are weighted, scalars too.
+
+    Raises:
+        TypeError: no model of this package, a method without a loss, an unknown weight (the message lists what there
+            is), or a value of another kind.
+        ValueError: shapes, values or devices that do not fit.
+
+    Gradients flow to the model's parameters. Runs under ``torch.autocast``; terms are float32 (float64 for float64).
+    Works with gradients disabled, too: then it is a score.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(f"model must be a VisionTransformer, got {type(model).__name__}")
+    method = type(model.method)
+    if method not in _FILES:
+        known = ", ".join(each.__name__ for each in _FILES)
+        raise TypeError(f"model must run one of the methods {known}, got {method.__name__}")
+    module = import_module(f".{_FILES[method]}", __package__)
+    weights_class = getattr(module, f"{method.__name__}Loss")
+    names = [field.name for field in dataclasses.fields(weights_class)]
+    for name in weights:
+        if name not in names:
+            raise TypeError(f"{weights_class.__name__} has no weight {name!r}; there are {', '.join(names)}")
+    chosen = weights_class(**weights)
+    model.check_images(images)
+    check_target(target, images.shape[0], model.config.num_classes, images)
+    return module.loss(model, images, target, chosen)

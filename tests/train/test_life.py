@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_hot_soft_weights_are_the_threshold() -> None:
     assert (trace.extras["lives"][..., None] - torch.arange(BASE, DEPTH)).abs().min() > 1e-4, "a tie would be neither"
 
 
-def test_the_authors_stage_1(golden: Path, backend: str, device: str) -> None:
+def test_the_authors_stage_1(golden: Path, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "life_train_stage1_t1"
     if not (golden / f"{name}.npz").is_file():
         pytest.skip(f"no recorded run {name} in {golden}")
@@ -160,7 +161,14 @@ def test_the_authors_stage_1(golden: Path, backend: str, device: str) -> None:
     mtvit_ops.load_checkpoint(model, {key[2:]: value for key, value in arrays.items() if key.startswith("w/")})
     learning = freeze(model.to(device), 1)
     images, labels = arrays["t/image"].to(device), arrays["t/labels"].to(device)
-    total, _ = loss(model, images, labels, LifeLoss(label_smoothing=config["label_smoothing"]))
+    affine = {
+        f"blocks.plugin_norm_layer.{kind}": torch.full((sizes["embed_dim"],), value, device=device, requires_grad=True)
+        for kind, value in (("weight", 1.0), ("bias", 0.0))
+    }
+    with_affine = SimpleNamespace(layer_norm=lambda x, shape: F.layer_norm(x, shape, *affine.values()))
+    with monkeypatch.context() as patched:
+        patched.setattr("mtvit_ops.methods.life.F", with_affine)
+        total, _ = loss(model, images, labels, LifeLoss(label_smoothing=config["label_smoothing"]))
     total.backward()
 
     def close(got: Tensor, want: Tensor, share: float) -> None:
@@ -171,13 +179,14 @@ def test_the_authors_stage_1(golden: Path, backend: str, device: str) -> None:
     lives = arrays["t/life"]
     weights = [log_soft_weights(lives, block, 1.0).exp() for block in range(config["layer_indices"][0], sizes["depth"])]
     close(torch.stack(weights), arrays["t/soft_weights"], ACTIVATIONS)
-    # the authors' norm before the scores is ours without its affine, which they never train
-    recorded = {key for key in arrays if key.startswith("t/grad/")}
-    plugin = {f"t/grad/blocks.plugin_norm_layer.{kind}" for kind in ("weight", "bias")}
-    assert recorded - plugin == {"t/grad/blocks.patch_life_predictor.W"}
     assert [value is model.method.weight for value in learning] == [True]
-    close(model.method.weight.grad, arrays["t/grad/blocks.patch_life_predictor.W"][0], GRADIENTS)
     assert [name for name, value in model.named_parameters() if value.grad is not None] == ["method.weight"]
+    # the authors' norm before the scores has an affine that no optimiser of theirs moves: ours has none
+    for name, value in (("blocks.patch_life_predictor.W", model.method.weight), *affine.items()):
+        close(value.grad.reshape(arrays[f"t/grad/{name}"].shape), arrays[f"t/grad/{name}"], GRADIENTS)
+    assert {f"t/grad/{name}" for name in affine} | {"t/grad/blocks.patch_life_predictor.W"} == {
+        key for key in arrays if key.startswith("t/grad/")
+    }
 
 
 def test_numbers_that_learn_in_the_small_model() -> None:

@@ -218,6 +218,25 @@ def test_tails_that_are_not_chosen(backend: str, device: str) -> None:
 
 
 @CHOOSING
+def test_a_mean_cost_below_the_target(mode: str) -> None:
+    # 8: punished on request only
+    model = adaptive()
+    assert sum(model.method.relative_costs[tail] for tail in best_tails(model).tolist()) / BATCH < 1
+    below, free = (Step(model, MTViTLoss(mode, cost_target=1.0, one_sided=sided)) for sided in (False, True))
+    assert below.terms["flops"] > 0
+    assert free.terms["flops"] == 0
+
+
+def test_a_term_without_weight_costs_no_backward_pass() -> None:
+    calls = {}
+    for name, weights in (("all", MTViTLoss()), ("task", MTViTLoss(**TASK_ALONE["dense"]))):
+        with OpCounter() as counter:
+            Step(adaptive(), weights)
+        calls[name] = counter.calls["aten::_log_softmax_backward_data"]
+    assert calls == {"all": 5, "task": 1}  # task, three tails and the distillation's two students at once
+
+
+@CHOOSING
 def test_noise_is_drawn_in_training_only(mode: str) -> None:
     # 9
     model, weights = adaptive(), MTViTLoss(mode)

@@ -39,7 +39,7 @@ def loss(
     Args:
         model: runs ``Life``. Call ``freeze`` first: what requires a gradient gets one here.
         images: as the model takes them, B >= 1.
-        target: class indices, (B,), int64, or soft targets, (B, num_classes), float.
+        target: class indices, (B,), int64, in [0, num_classes), or soft targets, (B, num_classes), float.
         weights: stage and smoothing; the soft weights' temperature is the method's.
 
     Returns:
@@ -48,7 +48,8 @@ def loss(
     Raises:
         TypeError, ValueError: a model of another method, images or targets that do not fit.
 
-    Stage 2 computes what the model itself computes, in the mode that it is in (``"budget"`` is the authors').
+    Stage 2 computes what the model itself computes, in the mode that it is in (``"budget"`` is the authors'). The loss is
+    float32 (float64 for float64). No device synchronisation.
 
     Source: Life Regression, arXiv 2304.04926.
     """

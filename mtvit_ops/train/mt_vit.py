@@ -94,17 +94,19 @@ def loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the mode's terms.
 
-    ``task``: cross-entropy of ``sum_k y_k o_k``, with o_k the logits of tail k and y the one-hot choice; in mode
-    ``"tails"`` the sum of the cross-entropies of all o_k. ``tails``: that sum, beside a choice. ``distillation``:
-    ``sum_k KL(o_K, held constant || o_k)`` over the cheaper tails. ``flops``:
-    ``(mean cost - cost_target)^2``, over the batch of this process. ``entropy``: minus the entropy of the mean
-    probabilities of the tails over that batch.
+    With o_k the logits of tail k and y the one-hot choice of an image:
+
+    - ``task``: ``CE(sum_k y_k o_k)``; in mode ``"tails"`` ``sum_k CE(o_k)``.
+    - ``tails``: ``sum_k CE(o_k)``, beside a choice.
+    - ``distillation``: ``sum_k KL(o_K || o_k)`` over the cheaper tails, the dearest held constant.
+    - ``flops``: ``(mean relative cost - cost_target)^2``, the mean over the batch of this process, not an image's own.
+    - ``entropy``: minus the entropy of the tails' mean probabilities over that batch.
 
     Args:
         model: runs ``MTViT``. In training mode the choice is drawn (from PyTorch's generator), in evaluation mode it is
             the predictor's best, without noise; ``cost_weight`` is for inference only.
         images: as the model takes them, B >= 1.
-        target: class indices, (B,), int64, or soft targets, (B, num_classes), float.
+        target: class indices, (B,), int64, in [0, num_classes), or soft targets, (B, num_classes), float.
         weights: mode and weights.
 
     Returns:
@@ -114,7 +116,8 @@ def loss(
         TypeError, ValueError: a model of another method or with a forced tail (but in mode ``"tails"``), a cost target
             that the tails cannot meet, images or targets that do not fit.
 
-    All tails of a batch, or all chosen ones, are one packed pass through the encoder.
+    All tails of a batch, or all chosen ones, are one packed pass through the encoder. Gradients flow to all parameters
+    of what ran; terms are float32 (float64 for float64). No device synchronisation.
 
     Source: MT-ViT, arXiv 2203.01587, for the idea; our design, see the module.
     """

@@ -48,8 +48,8 @@ def loss(
     Raises:
         TypeError, ValueError: a model of another method, images or targets that do not fit.
 
-    Stage 2 computes what the model itself computes, in the mode that it is in (``"budget"`` is the authors'). The loss is
-    float32 (float64 for float64). No device synchronisation.
+    Stage 2 computes what the model itself computes, in the mode that it is in (``"budget"`` is the authors'). The loss
+    is float32 (float64 for float64). No device synchronisation.
 
     Source: Life Regression, arXiv 2304.04926.
     """

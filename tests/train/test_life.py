@@ -260,6 +260,17 @@ def test_soft_targets_and_smoothing(stage: int) -> None:
 
 
 @STAGES
+@pytest.mark.parametrize("mode", ["budget", "threshold"])
+def test_nothing_waits_for_the_device(mode: str, stage: int) -> None:
+    # on the meta device there are no values to look at
+    model = life(stage, mode=mode).to("meta")
+    total, _ = loss(model, make_images(BATCH).to("meta"), TARGET.to("meta"), LifeLoss(stage))
+    total.backward()
+    assert total.is_meta
+    assert all(value.grad.is_meta for value in model.parameters() if value.requires_grad)
+
+
+@STAGES
 def test_activation_checkpointing(stage: int, backend: str, device: str) -> None:
     model = life(stage, device)
     want, grads = run(model, LifeLoss(stage))

@@ -258,6 +258,17 @@ def test_the_predictor_is_not_asked_before_it_trains() -> None:
 
 
 @MODES
+def test_nothing_waits_for_the_device(mode: str) -> None:
+    # on the meta device there are no values to look at
+    model = drawing().to("meta")
+    total, _ = loss(model, make_images(BATCH).to("meta"), TARGET.to("meta"), MTViTLoss(mode))
+    total.backward()
+    assert total.is_meta
+    asked = [value for name, value in model.named_parameters() if mode != "tails" or "predictor" not in name]
+    assert all(value.grad.is_meta for value in asked)
+
+
+@MODES
 def test_activation_checkpointing(mode: str, backend: str, device: str) -> None:
     model = drawing(device)
     want, again = Step(model, MTViTLoss(mode)), Step(checkpointed(model), MTViTLoss(mode))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -55,7 +56,7 @@ class LifeConfig:
 class LifeState(NamedTuple):
     """Between two blocks."""
 
-    lives: Tensor | None  # (B, N) float32, from the base block on
+    lives: Tensor | None  # (B, N) float32 (float64 for float64), from the base block on
 
 
 def stage_budgets(num_tokens: int, keep_ratio: float) -> tuple[int, ...]:
@@ -140,13 +141,22 @@ class Life(Method):
         return tokens, state
 
     def lives(self, x: Tensor) -> Tensor:
-        """The last block index each patch outlives, (B, 1 + N, D) to (B, N) float32; may lie outside [0, depth]."""
-        normed = F.layer_norm(x.float(), x.shape[2:])  # eps 1e-5, without affine: the authors never train it
-        direction = normed[:, 0] @ self.weight.float().T  # (B, D); first W c, then x . (W c)
-        scores = (normed[:, 1:] @ direction[:, :, None])[:, :, 0]  # (B, N)
+        """The last block index each patch outlives, (B, 1 + N, D) to (B, N) float32; may lie outside [0, depth].
+
+        float64 for float64. The gradient is finite for equal scores, too.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        device = x.device.type
+        # autocast would round the scores; not every device has it
+        known = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
+            normed = F.layer_norm(x.to(wide), x.shape[2:])  # eps 1e-5, without affine: the authors never train it
+            direction = normed[:, 0] @ self.weight.to(wide).T  # (B, D); first W c, then x . (W c)
+            scores = (normed[:, 1:] @ direction[:, :, None])[:, :, 0]  # (B, N)
         centred = scores - scores.mean(dim=1, keepdim=True)
         # the sample deviation, written out so that a single patch or an empty batch is no special case
-        spread = (centred.square().sum(dim=1, keepdim=True) / max(scores.shape[1] - 1, 1)).sqrt()
+        variance = centred.square().sum(dim=1, keepdim=True) / max(scores.shape[1] - 1, 1)
+        spread = variance.clamp_min(torch.finfo(wide).tiny).sqrt()  # a root has no slope at 0
         normalised = centred / (spread + 1e-8) * self.std + self.mean
         base = self.config.base_block
         return base + (self.depth - base) * normalised

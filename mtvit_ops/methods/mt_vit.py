@@ -116,6 +116,7 @@ class MTViT(Method):
         if grids[-1] != sizes.grid_size:
             raise ValueError(f"grids must end with the backbone's own grid {sizes.grid_size}, got {grids[-1]}")
         self.geometry = tuple(tail_geometry(sizes.img_size, grid) for grid in grids)
+        self.lengths = tuple(1 + grid**2 for grid in grids)  # tokens of an image
         if not hasattr(self, "predictor"):
             self.predictor = TailPredictor(sizes.in_chans, len(grids), self.config.predictor_size)
             # the dearest tail is the backbone's own patch embedding
@@ -155,10 +156,21 @@ class MTViT(Method):
         else:
             logits = None
             tail = torch.full((len(images),), config.force_tail, dtype=torch.int32, device=images.device)
+        x, offsets = self.tokenise(model, images, tail)
+        lengths = self.lengths
+        if config.force_tail is None:
+            tokens = RaggedTokens(x, None, offsets, lengths[-1]).trimmed()
+        else:
+            length = lengths[config.force_tail]
+            tokens = RaggedTokens(x[: len(images) * length], None, offsets, length)
+        return tokens, MTViTState(tail, logits)
+
+    def tokenise(self, model: VisionTransformer, images: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """Each image through its tail (B,) int32: what ``ragged_patch_embed`` gives."""
         convs = [*self.projections, model.patch_embed.proj]
         # by number: PyTorch 2.11 cannot compile a walk over the list
         tables = [*(self.pos_embeds[index] for index in range(len(self.pos_embeds))), model.pos_embed]
-        x, offsets = ragged_patch_embed(
+        return ragged_patch_embed(
             images,
             tail,
             model.cls_token[0],
@@ -168,13 +180,6 @@ class MTViT(Method):
             [kernel for kernel, _ in self.geometry],
             [padding for _, padding in self.geometry],
         )
-        lengths = [1 + grid**2 for grid in config.grids]
-        if config.force_tail is None:
-            tokens = RaggedTokens(x, None, offsets, lengths[-1]).trimmed()
-        else:
-            length = lengths[config.force_tail]
-            tokens = RaggedTokens(x[: len(images) * length], None, offsets, length)
-        return tokens, MTViTState(tail, logits)
 
     def extras(self, first_rows: Tensor, states: list[MTViTState]) -> dict[str, Tensor]:
         state = states[-1]

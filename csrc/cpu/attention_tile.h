@@ -99,6 +99,21 @@ struct Logits<BF16> {
 };
 #endif
 
+// sums (N * W) += rows of logits times their factors, in N chains: one would wait for every addition.
+template <int N>
+MTVIT_INLINE void add_columns(int64_t rows, const float* logits, int64_t lds, const float* factors, float* sums) {
+  Vec column[N];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) column[n] = load(sums + n * W);
+  for (int64_t i = 0; i < rows; ++i) {
+    const Vec factor = splat(factors[i]);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) column[n] += load(logits + i * lds + n * W) * factor;
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) store(sums + n * W, column[n]);
+}
+
 template <typename E>
 void attention_blocks(const AttentionTask& t) {
   using T = typename E::T;
@@ -144,11 +159,9 @@ void attention_blocks(const AttentionTask& t) {
         for (int64_t j = 0; j < nk; ++j) t.class_row[j * t.class_stride] = logits[j] * inverse[0];
       }
       if (sums) {
-        for (int64_t j = 0; j < columns; j += W) {
-          Vec column = load(sums + j);
-          for (int64_t i = 0; i < rows; ++i) column += load(logits + i * lds + j) * inverse[i];
-          store(sums + j, column);
-        }
+        int64_t j = 0;
+        for (; j + 4 * W <= columns; j += 4 * W) add_columns<4>(rows, logits + j, lds, inverse, sums + j);
+        for (; j < columns; j += W) add_columns<1>(rows, logits + j, lds, inverse, sums + j);
       }
       multiply(rows, logits, lds, v_panels, nk, result, values, values);
       for (int64_t i = 0; i < rows; ++i) {

@@ -88,7 +88,7 @@ def tables(result: dict[str, Any]) -> str:
     facts, rows = result["machine"], result["rows"]
     threads = sorted({row["threads"] for row in rows})
     commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))
-    rounds = " to ".join(map(str, sorted({row["rounds"] for row in rows})))
+    rounds = ", ".join(map(str, sorted({row["rounds"] for row in rows})))
     lines = [
         f"{facts['cpu']}, {facts['cores']} cores, threads as given, {facts['isa']}; torch"
         f" {facts['torch']}, timm {facts['timm']}, mtvit_ops {facts['mtvit_ops']} at {commits}. Random weights,"

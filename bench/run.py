@@ -92,10 +92,11 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() or "unknown"
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")  # results are no code
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
 def write(path: Path, text: str) -> None:

@@ -41,7 +41,14 @@ BACKBONE = {
 # every field of every method, none at its default
 OPTIONS: dict[str, dict[str, Any]] = {
     "avit": {"gate_scale": 5.0, "gate_center": 7.0, "eps": 0.02, "stop_with_class": True},
-    "evovit": {"keep_ratios": 0.25, "tradeoffs": 0.75, "mode": "layer", "prune_cls": True, "pool": "class"},
+    "evovit": {
+        "keep_ratios": 0.25,
+        "tradeoffs": 0.75,
+        "mode": "layer",
+        "prune_cls": True,
+        "pool": "class",
+        "class_head": True,
+    },
     "lifevit": {
         "keep_ratio": 0.6,
         "budgets": (15, 10, 5),

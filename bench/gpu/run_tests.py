@@ -51,8 +51,10 @@ def command(stage: Stage) -> list[str]:
 def environment(outcomes: Path) -> dict[str, str]:
     """One thread each: the processes share the machine."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    # a suite that a test started is no worker of that test's own pytest-xdist
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     return {
-        **os.environ,
+        **inherited,
         "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpointed_blocks import checkpointed
 from model_cases import NUM_TOKENS, TINY, OpCounter, assert_rounding, build, in_float64, make_images
 from torch import Tensor
 from torch.nn import functional as F
 
 import mtvit_ops
-from mtvit_ops.nn import VisionTransformer, masked_twin
+from mtvit_ops.nn import VisionTransformer, checkpointed_twin, masked_twin
 from mtvit_ops.testing import assert_close_to_float64, assert_equal, max_error
 from mtvit_ops.train.life import LifeLoss, freeze, log_soft_weights, loss, soft_logits
 
@@ -274,7 +273,7 @@ def test_nothing_waits_for_the_device(mode: str, stage: int) -> None:
 def test_activation_checkpointing(stage: int, backend: str, device: str) -> None:
     model = life(stage, device)
     want, grads = run(model, LifeLoss(stage))
-    got, again = run(checkpointed(model), LifeLoss(stage))
+    got, again = run(checkpointed_twin(model), LifeLoss(stage))
     assert_equal("loss", got, want)
     for name, grad in again.items():  # the same operations in the same order
         assert_equal(name, grad, grads[name])

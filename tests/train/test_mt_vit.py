@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpointed_blocks import checkpointed
 from model_cases import TINY, OpCounter, assert_rounding, build, in_float64, make_images
 from torch import Tensor
 from torch.nn import functional as F
 
 from mtvit_ops import create_model
-from mtvit_ops.nn import VisionTransformer
+from mtvit_ops.nn import VisionTransformer, checkpointed_twin
 from mtvit_ops.testing import assert_close_to_float64, assert_equal
 from mtvit_ops.train.mt_vit import (
     MTViTLoss,
@@ -271,7 +270,7 @@ def test_nothing_waits_for_the_device(mode: str) -> None:
 @MODES
 def test_activation_checkpointing(mode: str, backend: str, device: str) -> None:
     model = drawing(device)
-    want, again = Step(model, MTViTLoss(mode)), Step(checkpointed(model), MTViTLoss(mode))
+    want, again = Step(model, MTViTLoss(mode)), Step(checkpointed_twin(model), MTViTLoss(mode))
     assert_equal("loss", again.total, want.total)
     assert set(again.grads) == set(want.grads)
     for name, grad in again.grads.items():  # the same operations in the same order

@@ -38,6 +38,7 @@ def load_checkpoint(
     gate_scale: float | None = None,
     gate_center: float | None = None,
     resize_positions: bool = False,
+    reset_head: bool = False,
 ) -> LoadReport:
     """Load weights in place; the model is untouched unless everything fits.
 
@@ -52,6 +53,7 @@ def load_checkpoint(
         gate_scale, gate_center: A-ViT's gate; None: the last two ``-`` fields of the file's name, as the authors name
             their files (``tiny-10-30.pth``), else what the model has.
         resize_positions: resize a position table of another grid instead of refusing it.
+        reset_head: leave the file's classifier out: the model keeps its own, of any number of classes.
 
     Returns:
         LoadReport(layout, ignored, untrained, settings).
@@ -70,6 +72,10 @@ def load_checkpoint(
     for name in _TRAINING_HEAD:
         if f"method.{name}" not in own and state.pop(f"method.{name}", None) is not None:
             ignored += (name if layout == "Evo-ViT" else f"method.{name}",)
+    if reset_head:
+        heads = {name: own[name] for name in own if name.startswith(("head.", "method.head_cls."))}
+        ignored += tuple(name for name in heads if name in state)
+        state.update(heads)
     positions = state.get("pos_embed")
     if resize_positions and positions is not None and positions.dim() == 3 and positions.shape[1] > 1:
         patches = positions.shape[1] - 1

@@ -1,15 +1,16 @@
-"""The command line: ``mtvit-ops env`` and ``mtvit-ops compare``."""
+"""The command line: ``mtvit-ops env``, ``compare``, ``train`` and ``evaluate``."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import cli_train
+from ._arguments import count, override, ratio, seed
 from ._extension import build_info
 from ._version import __version__
 from .compare_options import DTYPES, SIZES, CompareError, CompareOptions
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (CompareError, ImportError) as error:
+    except (CompareError, ImportError, cli_train.UsageError) as error:
         print(f"mtvit-ops {options.command}: error: {error}", file=sys.stderr)
         return 2
 
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     env.set_defaults(run=_run_env)
     _add_compare(commands)
+    cli_train.add_commands(commands)
     return parser
 
 
@@ -154,19 +156,19 @@ def _add_compare(commands: Any) -> None:
     add("photos", nargs="*", metavar="PHOTO|FOLDER")
     add("models", type=_models, metavar="NAME,NAME")
     add("size", choices=SIZES)
-    add("mac_ratio", type=_ratio, metavar="R")
-    add("batch", type=_count, metavar="N")
+    add("mac_ratio", type=ratio, metavar="R")
+    add("batch", type=count, metavar="N")
     add("dtype", choices=tuple(DTYPES))
     add("device")
     add("checkpoint", type=_checkpoint, metavar="NAME=PATH", action="append")
     add("out", metavar="DIR")
     add("json", metavar="FILE")
     add("labels", metavar="FILE")
-    add("rounds", type=_count, metavar="N")
-    add("sample", type=_count, metavar="N")
-    add("threads", type=_count, metavar="N")
-    add("seed", type=_seed, metavar="N")
-    add("override", type=_override, metavar="KEY=VALUE", action="append")
+    add("rounds", type=count, metavar="N")
+    add("sample", type=count, metavar="N")
+    add("threads", type=count, metavar="N")
+    add("seed", type=seed, metavar="N")
+    add("override", type=override, metavar="KEY=VALUE", action="append")
 
 
 def _run_compare(options: argparse.Namespace) -> int:
@@ -231,26 +233,7 @@ def _models(text: str) -> tuple[str, ...]:
     return names
 
 
-def _ratio(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text!r}")
-    return value
 
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
-    return int(text)
 
 
 def _checkpoint(text: str) -> tuple[str, str]:
@@ -265,15 +248,6 @@ def _checkpoint(text: str) -> tuple[str, str]:
         raise argparse.ArgumentTypeError(f"expected NAME=PATH, and there is no file {path!r}")
     return name, path
 
-
-def _override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not all(part.isidentifier() for part in key.split(".", 1)):
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value  # a word, such as evovit.mode=layer
 
 
 def _read_labels(file: str | None) -> tuple[str, ...] | None:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside the file and rename, so that no reader and no interruption ever sees half of it.
+    """Write beside the file and rename, so that no reader, no interruption and no power cut ever sees half of it.
 
     Args:
         path: the file; its folder is there.
@@ -20,6 +20,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         # mkstemp hides the file from everyone else; give it what the user's umask says
         mask = os.umask(0)
         os.umask(mask)
@@ -28,3 +30,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         os.unlink(name)
         raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last; some systems have no such thing for folders."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

@@ -1,0 +1,69 @@
+"""Score a trained model's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._checks import check_choice, check_count
+from ..progress import Progress
+from ..weights import load_model
+from .images import open_images
+from .loading import eval_batches
+from .processes import Processes
+from .recipe import PRECISIONS, AugmentOptions
+from .scoring import Score, score
+
+
+def evaluate(
+    weights: str | Path,
+    data: str | Path,
+    *,
+    split: str = "val",
+    batch_size: int = 64,
+    workers: int = 1,
+    precision: str = "float32",
+    device: str | None = None,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> Score:
+    """Score a file of ``train`` or ``save_model`` on the images of a folder or zip.
+
+    Args:
+        weights: the file; it names its model and classes.
+        data: folder or zip; see ``train.images.open_images``.
+        split: sub-folder with the class folders; empty: ``data`` itself.
+        batch_size: images at once in a process, >= 1.
+        workers: processes that decode, >= 0.
+        precision: ``"float32"``, or ``"bfloat16"`` under autocast.
+        device: ``"cpu"``, or None: what Accelerate finds.
+        progress: what a person sees; None: nothing.
+        overrides: fields of the model's configuration, as of ``create_model``.
+
+    Returns:
+        Score(top1, top5, loss, images, skipped) over the images of all processes.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: weights, data or options that do not fit.
+
+    Under ``torchrun`` each image is scored by exactly one process, and every process returns the whole score.
+    """
+    check_count("batch_size", batch_size, 1)
+    check_count("workers", workers, 0)
+    check_choice("precision", precision, PRECISIONS)
+    model, info = load_model(weights, **overrides)
+    processes = Processes(precision, device)
+    images = open_images(data, split, classes=info.classes or None, cache="never", progress=progress)
+    loader = eval_batches(
+        images,
+        model.config.img_size,
+        AugmentOptions(crop_pct=info.crop_pct),
+        batch_size,
+        workers,
+        processes.rank,
+        processes.world_size,
+    )
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
+    return score(model.to(processes.device), loader, autocast=dtype, distributed=processes.world_size > 1)

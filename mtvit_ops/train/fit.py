@@ -1,0 +1,381 @@
+"""Train a model by a recipe, from the first step or from where an interrupted run was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import VisionTransformer, checkpointed_twin
+from ..progress import Progress
+from ..weights import ModelInfo, save_model
+from .build import build_model
+from .compute_loss import compute_loss
+from .images import ImageSet, open_images
+from .journal import Journal
+from .loading import eval_batches, train_batches
+from .order import TrainOrder, derive_seed
+from .parts import Average, Mixing, Schedule, make_optimiser
+from .plan import Plan, make_plan
+from .processes import Processes
+from .recipe import Recipe
+from .scoring import Score, score
+from .signals import StopRequest, stop_requests
+from .state import TrainError, TrainState, load_state, save_state
+
+STATE, BEST, LAST, RECIPE = "state.pt", "best.safetensors", "last.safetensors", "recipe.json"
+_DRAWS = 1  # in the seed of a step's draws; what a view draws has no such part
+
+
+class Interrupted(TrainError):
+    """A signal ended the training; everything up to then is saved."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class TrainResult(NamedTuple):
+    """What came out."""
+
+    model: VisionTransformer  # in evaluation mode: the moving average, if there is one
+    score: Score  # of the last evaluation
+    best: float  # top-1
+    steps: int
+    seconds: float  # of training and evaluation, over all resumed parts
+
+
+def train(
+    recipe: Recipe,
+    data: str | Path,
+    out: str | Path,
+    *,
+    start: str | Path | None = None,
+    resume: bool = False,
+    reset_head: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train a model.
+
+    Args:
+        recipe: from ``load_recipe``.
+        data: folder or zip with the recipe's splits; see ``train.images.open_images``.
+        out: folder of the run, made if need be. Gets ``state.pt`` (what ``resume`` reads), ``best.safetensors`` and
+            ``last.safetensors`` (see ``load_model``), ``recipe.json``, ``metrics.jsonl`` and TensorBoard's ``events``.
+        start: weights to begin with, as ``load_checkpoint`` takes them; None: seeded random ones.
+        resume: go on from the state in ``out``, if there is one; without it such a folder is refused.
+        reset_head: with ``start``, take everything but the classifier.
+        device: ``"cpu"``, or None: what Accelerate finds.
+        progress: what a person sees; None: nothing.
+
+    Returns:
+        TrainResult(model, score, best, steps, seconds).
+
+    Raises:
+        RecipeError, ValueError, TypeError, FileNotFoundError, ImportError: what was asked for cannot be done; nothing
+            has been written.
+        Interrupted: SIGTERM or SIGINT came; the state was saved.
+        TrainError: a loss that is no number, a file that cannot be written, a state of another recipe. The last saved
+            state is intact.
+
+    Under ``torchrun`` all processes share the work. With one thread count, a resumed run on the CPU ends with the same
+    bits as one that was never interrupted: order, augmentation and every other draw follow from the seed and the step.
+    PyTorch's global generators are put back afterwards.
+    """
+    out = Path(out)
+    processes = Processes(recipe.run.precision, device)
+    with _own_generators(), stop_requests() as request:
+        state = _find_state(out, recipe, resume)
+        train_set = open_images(data, recipe.data.train_split, cache=recipe.data.cache, progress=progress)
+        val_set = open_images(
+            data, recipe.data.val_split, classes=train_set.classes, cache=recipe.data.cache, progress=progress
+        )
+        run = _Run(recipe, train_set, val_set, out, processes, start, reset_head, state)
+        if processes.is_first:
+            _prepare_folder(out, recipe)
+        journal = Journal(out if processes.is_first else None, run.step, progress or Progress())
+        try:
+            return run.go(journal, request)
+        finally:
+            journal.close()
+
+
+class _Objective(nn.Module):
+    """The loss as a module's forward, which is what data-parallel training hooks into."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, target: Tensor, weights: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        return compute_loss(self.model, images, target, **weights)
+
+
+class _Run:
+    """Model, optimiser and where they are."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        train_set: ImageSet,
+        val_set: ImageSet,
+        out: Path,
+        processes: Processes,
+        start: str | Path | None,
+        reset_head: bool,
+        state: TrainState | None,
+    ) -> None:
+        options = recipe.optimiser
+        self.recipe, self.out, self.processes = recipe, out, processes
+        self.train_set, self.val_set = train_set, val_set
+        self.order = TrainOrder(
+            len(train_set),
+            options.batch_size,
+            recipe.run.seed,
+            processes.rank,
+            processes.world_size,
+            recipe.augment.mixes,
+        )
+        torch.manual_seed(recipe.run.seed)
+        model = build_model(recipe, len(train_set.classes), start if state is None else None, reset_head)
+        self.model = model.to(processes.device)
+        self.plan: Plan = make_plan(model, recipe.plan)
+        self.plan.start(model, recipe.loss)
+        self.average = Average(model, options.ema_decay) if options.ema_decay else None
+        self.mixing = Mixing(recipe.augment, len(train_set.classes)) if recipe.augment.mixes else None
+        optimiser = make_optimiser(model, options)
+        objective = _Objective(checkpointed_twin(model) if recipe.run.checkpointing else model)
+        self.objective, self.optimiser = processes.prepare(objective, optimiser)
+        self.schedule = Schedule(optimiser, options, self.order.steps)
+        self.total = options.epochs * self.order.steps
+        self.step, self.best, self.seconds = 0, None if state is None else state.best, 0.0
+        self.sums: dict[str, float] = {}
+        self.score: Score | None = None
+        if state is not None:
+            self._restore(state)
+        self._since = time.monotonic()
+
+    def go(self, journal: Journal, request: StopRequest) -> TrainResult:
+        if self.step:
+            journal.say(f"going on after step {self.step} of {self.total}")
+        while self.step < self.total:
+            epoch, first = divmod(self.step, self.order.steps)
+            self._train_epoch(epoch, first, journal, request)
+        if self.score is None:  # the run had ended before
+            self.score = self._evaluate()
+        assert self.best is not None
+        return TrainResult(self._judged.eval(), self.score, self.best, self.step, self._elapsed())
+
+    def _train_epoch(self, epoch: int, first: int, journal: Journal, request: StopRequest) -> None:
+        run = self.recipe.run
+        loader = train_batches(self.train_set, self.recipe, self.model.config.img_size, self.order, epoch, first)
+        terms: list[Tensor] = []
+        names: list[str] = []
+        alone = self.processes.world_size == 1  # several have to ask each other, at the same steps
+        for images, targets in loader:
+            names, values = self._train_step(images, targets)
+            terms.append(values)
+            self.step += 1
+            ends = self.step % self.order.steps == 0
+            if self.step % run.log_steps == 0 or ends or (alone and request.signal is not None):
+                self._collect(names, terms)
+                if self.step % run.log_steps == 0 or ends:
+                    self._log(journal)
+                if not ends and self.processes.any(request.signal is not None):
+                    self._stop(journal, request)
+            if run.save_steps and self.step % run.save_steps == 0 and not ends:
+                self._collect(names, terms)
+                self._save()
+        epochs = epoch + 1
+        if epochs % run.eval_epochs == 0 or epochs == self.recipe.optimiser.epochs:
+            self._end_epoch(epochs, journal)
+        self._save()
+        if self.processes.any(request.signal is not None) and self.step < self.total:
+            self._stop(journal, request, saved=True)
+
+    def _train_step(self, images: Tensor, targets: Tensor) -> tuple[list[str], Tensor]:
+        """One update; the names and values of the loss and its terms, on the device."""
+        device, seed = self.processes.device, self.recipe.run.seed
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        mixed = derive_seed(seed, _DRAWS, self.step)
+        if self.mixing is not None:
+            images, targets = self.mixing(images, targets, mixed)
+        torch.manual_seed(derive_seed(seed, _DRAWS, self.step, self.processes.rank))
+        weights = self.plan.at(self.model, self.recipe.loss, self.step / self.total)
+        self.schedule.set(self.step)
+        with self.processes.autocast():
+            loss, parts = self.objective(images, targets, weights)
+        self.processes.backward(loss)
+        if self.recipe.optimiser.clip_grad:
+            self.processes.clip(self.objective.parameters(), self.recipe.optimiser.clip_grad)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model, self.step)
+        named = {"loss": loss, **parts}
+        return list(named), torch.stack([value.detach().float() for value in named.values()])
+
+    def _collect(self, names: list[str], terms: list[Tensor]) -> None:
+        """Add up the terms of the steps since the last call, and refuse to go on with what is no number."""
+        if not terms:
+            return
+        total = self.processes.mean(torch.stack(terms).sum(dim=0))
+        for name, value in zip(names, total.tolist()):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.sums["steps"] = self.sums.get("steps", 0.0) + len(terms)
+        terms.clear()
+        if not all(map(torch.isfinite, total)):
+            bad = next(name for name, value in zip(names, total) if not torch.isfinite(value))
+            raise TrainError(
+                f"{bad} is no finite number within the {self.recipe.run.log_steps} steps before step {self.step}:"
+                f" lower the learning rate, or clip the gradient; the state in {self.out} is from before"
+            )
+
+    def _log(self, journal: Journal) -> None:
+        steps = self.sums.pop("steps")
+        means = {name: value / steps for name, value in self.sums.items()}
+        self.sums = {}
+        rate = self.optimiser.param_groups[0]["lr"]
+        seconds = self._elapsed()
+        journal.record("train", self.step, **means, lr=rate, seconds=seconds)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        epoch = self.step / self.order.steps
+        journal.say(f"epoch {epoch:.2f}  step {self.step}/{self.total}  {shown}  lr {rate:.2e}  {seconds:.0f} s")
+
+    def _end_epoch(self, epochs: int, journal: Journal) -> None:
+        self.score = found = self._evaluate()
+        values = found._asdict()
+        journal.record("evaluate", self.step, epoch=epochs, **values, seconds=self._elapsed())
+        skipped = f", {found.skipped} skipped" if found.skipped else ""
+        journal.say(f"epoch {epochs}: top-1 {100 * found.top1:.2f} % of {found.images} images{skipped}")
+        better = self.best is None or found.top1 > self.best
+        self.best = found.top1 if self.best is None else max(self.best, found.top1)
+        if self.processes.is_first:
+            # before the state, which remembers the best score: a kill in between writes this file again
+            for name in (BEST, LAST) if better else (LAST,):
+                self._export(self.out / name)
+
+    def _evaluate(self) -> Score:
+        processes = self.processes
+        model = self._judged
+        self.plan.at(model, self.recipe.loss, self.step / self.total)
+        recipe = self.recipe
+        loader = eval_batches(
+            self.val_set,
+            self.model.config.img_size,
+            recipe.augment,
+            recipe.run.eval_batch,
+            recipe.data.workers,
+            processes.rank,
+            processes.world_size,
+        )
+        dtype = torch.bfloat16 if recipe.run.precision == "bfloat16" else None
+        return score(model, loader, autocast=dtype, distributed=processes.world_size > 1)
+
+    @property
+    def _judged(self) -> VisionTransformer:
+        return self.model if self.average is None else self.average.model
+
+    def _export(self, path: Path) -> None:
+        assert self.score is not None
+        facts = {
+            "step": self.step,
+            "top1": self.score.top1,
+            "images": self.score.images,
+            "recipe": self.recipe.to_dict(),
+        }
+        options = {**self.recipe.model, "num_classes": len(self.train_set.classes)}
+        info = ModelInfo(options, self.train_set.classes, self.recipe.augment.crop_pct, facts)
+        try:
+            save_model(path, self._judged.state_dict(), info)
+        except OSError as error:
+            raise TrainError(f"cannot write {path}: {error}; the last saved state is intact") from error
+
+    def _save(self) -> None:
+        if self.processes.is_first:
+            average = None if self.average is None else self.average.model.state_dict()
+            state = TrainState(
+                self.recipe.to_dict(),
+                self.step,
+                self.best,
+                self.model.state_dict(),
+                self.optimiser.state_dict(),
+                average,
+                self.sums,
+                list(self.train_set.classes),
+                self._elapsed(),
+            )
+            save_state(self.out / STATE, state)
+        self.processes.wait()
+
+    def _restore(self, state: TrainState) -> None:
+        if tuple(state.classes) != self.train_set.classes:
+            raise TrainError(f"the state's classes are {', '.join(state.classes)}, the data has others")
+        self.model.load_state_dict(state.model)
+        self.optimiser.load_state_dict(state.optimiser)
+        if self.average is not None and state.average is not None:
+            self.average.model.load_state_dict(state.average)
+        self.step, self.sums, self.seconds = state.step, dict(state.sums), state.seconds
+
+    def _stop(self, journal: Journal, request: StopRequest, *, saved: bool = False) -> None:
+        if not saved:
+            self._save()
+        message = f"asked to stop: saved after step {self.step} of {self.total}; resume goes on from there"
+        journal.say(message)
+        raise Interrupted(message, request.signal or 15)
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self._since
+
+
+def _find_state(out: Path, recipe: Recipe, resume: bool) -> TrainState | None:
+    """The state to go on from, or None."""
+    path = out / STATE
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder or a place for one, got the file {out}")
+    if not path.exists():
+        return None
+    if not resume:
+        raise ValueError(f"out must be a folder without a training, or resume be asked for: there is {path}")
+    state = load_state(path)
+    for place, was, now in _differences(state.recipe, recipe.to_dict()):
+        raise TrainError(f"{path} is of another recipe: {place} was {was!r} and is {now!r}")
+    return state
+
+
+def _differences(was: Any, now: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        for key in sorted({*was, *now}):
+            yield from _differences(was.get(key), now.get(key), f"{place}.{key}".lstrip("."))
+    elif was != now:
+        yield place, was, now
+
+
+def _prepare_folder(out: Path, recipe: Recipe) -> None:
+    """Make the folder, prove that it can be written, and clear what a killed process left half written."""
+    import json
+
+    from ..files import write_atomically
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (STATE, BEST, LAST, RECIPE, "metrics.jsonl"):
+            for left in out.glob(f".{name}.*"):
+                left.unlink()
+        text = json.dumps(recipe.to_dict(), indent=1).encode()
+        write_atomically(out / RECIPE, lambda file: file.write(text))
+    except OSError as error:
+        raise TrainError(f"cannot write to {out}: {error}") from error
+
+
+@contextmanager
+def _own_generators() -> Iterator[None]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        yield

@@ -1,0 +1,49 @@
+"""Batches of pixels and targets, prepared by worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .images import ImageSet
+from .order import TrainOrder
+from .recipe import AugmentOptions, Recipe
+from .views import EvalViews, TrainViews, eval_view, train_view
+
+
+def train_batches(
+    images: ImageSet, recipe: Recipe, img_size: int, order: TrainOrder, epoch: int, first_step: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's batches (pixels, targets) of an epoch, from a step on."""
+    views = TrainViews(images, train_view(img_size, recipe.augment), recipe.run.seed)
+    return _load(views, list(order.batches(epoch, first_step)), recipe.data.workers)
+
+
+def eval_batches(
+    images: ImageSet,
+    img_size: int,
+    augment: AugmentOptions,
+    batch_size: int,
+    workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's batches of all images, each in one process only; a target of -1: not readable."""
+    views = EvalViews(images, eval_view(img_size, augment))
+    own = list(range(rank, len(images), world_size))
+    return _load(views, [own[start : start + batch_size] for start in range(0, len(own), batch_size)], workers)
+
+
+def _load(views: Any, batches: list[Any], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    loader: DataLoader[Any] = DataLoader(
+        views,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any list of lists of keys
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    for pixels, targets, _ in loader:
+        yield pixels, targets

@@ -1,0 +1,121 @@
+"""What timm brings to a training: optimiser, schedule, average of the weights, mixing of images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._timm import import_timm
+from ..nn import VisionTransformer
+from .recipe import AugmentOptions, OptimiserOptions, RecipeError
+
+
+def make_optimiser(model: VisionTransformer, options: OptimiserOptions) -> torch.optim.Optimizer:
+    """The optimiser of what learns; vectors, positions and the class token have no weight decay.
+
+    Raises:
+        RecipeError: no such optimiser, or one that cannot be made so; nothing that learns.
+    """
+    import_timm()
+    from timm.optim import create_optimizer_v2, param_groups_weight_decay
+
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not learning:
+        raise RecipeError("no parameter learns")
+    undecayed = [name for name in learning if "pos_embed" in name or "cls_token" in name]
+    groups = param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=undecayed)
+    extra = {} if options.betas is None else {"betas": options.betas}
+    try:
+        return create_optimizer_v2(groups, opt=options.name, lr=options.lr, weight_decay=0.0, **extra)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise RecipeError(f"optimiser {options.name!r} cannot be made: {error}") from error
+
+
+class Schedule:
+    """The learning rate of every step, from nothing but the step.
+
+    Args:
+        optimiser: whose groups get it.
+        options: of the recipe.
+        steps: of an epoch.
+    """
+
+    def __init__(self, optimiser: torch.optim.Optimizer, options: OptimiserOptions, steps: int) -> None:
+        import_timm()
+        from timm.scheduler import create_scheduler_v2
+
+        self._scheduler, _ = create_scheduler_v2(
+            optimiser,
+            sched=options.schedule,
+            num_epochs=options.epochs,
+            warmup_epochs=options.warmup_epochs,
+            warmup_lr=options.warmup_lr,
+            min_lr=options.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+        )
+        if self._scheduler is None:
+            raise RecipeError(f"schedule must be one of timm's, got {options.schedule!r}")
+
+    def set(self, step: int) -> None:
+        """Make the learning rates those of a step, counted from 0."""
+        self._scheduler.step_update(step)
+
+
+class Average:
+    """The moving average of a model's weights and buffers, timm's.
+
+    Args:
+        model: what is averaged; its copy is ``model`` here.
+        decay: (0, 1), reached from below in the first steps.
+    """
+
+    def __init__(self, model: VisionTransformer, decay: float) -> None:
+        import_timm()
+        from timm.utils import ModelEmaV3
+
+        self._ema = ModelEmaV3(model, decay=decay, use_warmup=True)
+        self._ema.module.requires_grad_(False)
+
+    @property
+    def model(self) -> VisionTransformer:
+        averaged = self._ema.module
+        assert isinstance(averaged, VisionTransformer)
+        return averaged
+
+    def update(self, model: VisionTransformer, step: int) -> None:
+        self._ema.update(model, step=step)
+
+
+class Mixing:
+    """Mixup and CutMix of a batch with its reverse, timm's, the same draw in every process.
+
+    Args:
+        options: of the recipe.
+        num_classes: of the soft targets.
+    """
+
+    def __init__(self, options: AugmentOptions, num_classes: int) -> None:
+        import_timm()
+        from timm.data import Mixup
+
+        self._mix: Any = Mixup(
+            mixup_alpha=options.mixup,
+            cutmix_alpha=options.cutmix,
+            prob=options.mix_prob,
+            label_smoothing=options.label_smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(self, images: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Mixed images and soft targets (B, C); NumPy's global generator, which timm draws from, is put back."""
+        kept = np.random.get_state()
+        np.random.seed(seed % 2**32)
+        try:
+            mixed, soft = self._mix(images, targets)
+        finally:
+            np.random.set_state(kept)
+        return mixed, soft

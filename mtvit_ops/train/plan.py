@@ -1,0 +1,122 @@
+"""What changes while a method trains: which parameters learn, its mode, and weights that move with time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .._checks import check_choice, check_real
+from ..methods import EvoViT, Life, MTViT
+from ..nn import VisionTransformer
+from . import evo_vit, life, mt_vit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Nothing changes; the plan of the dense ViT and of A-ViT."""
+
+    def start(self, model: VisionTransformer, loss: Mapping[str, Any]) -> None:
+        """Choose what learns, once, before the optimiser is made."""
+
+    def at(self, model: VisionTransformer, loss: Mapping[str, Any], progress: float) -> dict[str, Any]:
+        """Set the model up for a step and return the weights of its loss; ``progress``: share of the steps done."""
+        return dict(loss)
+
+
+@dataclass(frozen=True)
+class EvoViTPlan(Plan):
+    """
+    Attributes:
+        stage_from: share of the training after which selection goes by stage instead of by layer, [0, 1]; the authors'
+            200 of 300 epochs. Evaluation is in the mode that training is in.
+    """
+
+    stage_from: float = 2 / 3
+
+    def __post_init__(self) -> None:
+        check_real("stage_from", self.stage_from, 0.0, 1.0)
+
+    def at(self, model: VisionTransformer, loss: Mapping[str, Any], progress: float) -> dict[str, Any]:
+        mode = "layer" if progress < self.stage_from else "stage"
+        assert isinstance(model.method, EvoViT)
+        if model.method.config.mode != mode:
+            evo_vit.set_mode(model, mode)
+        return dict(loss)
+
+
+@dataclass(frozen=True)
+class LifePlan(Plan):
+    """
+    Attributes:
+        freeze: let only the parameters of the loss's stage learn, as the authors do; see ``train.life.freeze``.
+    """
+
+    freeze: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("freeze", self.freeze, (True, False))
+
+    def start(self, model: VisionTransformer, loss: Mapping[str, Any]) -> None:
+        if self.freeze:
+            life.freeze(model, loss.get("stage", life.LifeLoss().stage))
+
+
+@dataclass(frozen=True)
+class MTViTPlan(Plan):
+    """
+    Attributes:
+        learn: ``"all"``, or ``"predictor"``: the tails and the encoder stay as they are.
+        temperature: of the Gumbel-Softmax at the start and at the end, falling exponentially, both > 0.
+        anneal_entropy: the weight of the entropy falls to 0 over the first third.
+    """
+
+    learn: str = "all"
+    temperature: tuple[float, float] = (1.0, 1.0)
+    anneal_entropy: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("learn", self.learn, ("all", "predictor"))
+        check_choice("anneal_entropy", self.anneal_entropy, (True, False))
+        if not isinstance(self.temperature, (tuple, list)) or len(self.temperature) != 2:
+            raise ValueError(f"temperature must be two numbers, got {self.temperature!r}")
+        object.__setattr__(self, "temperature", tuple(self.temperature))  # the one way into a frozen dataclass
+        for value in self.temperature:
+            check_real("temperature", value, 0.0, 1e6, open_low=True)
+
+    def start(self, model: VisionTransformer, loss: Mapping[str, Any]) -> None:
+        assert isinstance(model.method, MTViT)
+        if self.learn == "predictor":
+            model.requires_grad_(False)
+            model.method.predictor.requires_grad_(True)
+
+    def at(self, model: VisionTransformer, loss: Mapping[str, Any], progress: float) -> dict[str, Any]:
+        weights = dict(loss)
+        mode = weights.get("mode", mt_vit.MTViTLoss().mode)
+        if mode == "tails":
+            return weights
+        weights["temperature"] = mt_vit.temperature_at(progress, *self.temperature)
+        if self.anneal_entropy:
+            weight = weights.get("entropy", mt_vit.DEFAULTS[mode]["entropy"])
+            weights["entropy"] = mt_vit.entropy_weight_at(progress, weight)
+        return weights
+
+
+_PLANS: dict[type, type[Plan]] = {EvoViT: EvoViTPlan, Life: LifePlan, MTViT: MTViTPlan}
+
+
+def make_plan(model: VisionTransformer, options: Mapping[str, Any]) -> Plan:
+    """The plan of the model's method.
+
+    Raises:
+        TypeError, ValueError: an option that it does not have (the message lists what there is), or a bad value.
+    """
+    kind = _PLANS.get(type(model.method), Plan)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in options:
+        if name not in names:
+            raise TypeError(
+                f"the plan of {type(model.method).__name__} has no {name!r}, it has {', '.join(names) or 'no options'}"
+            )
+    return kind(**options)

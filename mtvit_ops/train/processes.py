@@ -1,0 +1,83 @@
+"""The processes and the device of a training; Hugging Face Accelerate does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Processes:
+    """This process among those of a training, alone or under ``torchrun``.
+
+    Args:
+        precision: ``"float32"`` or ``"bfloat16"``.
+        device: ``"cpu"``, or None: what Accelerate finds.
+
+    Raises:
+        ImportError: Accelerate is not installed.
+        ValueError: another device.
+    """
+
+    def __init__(self, precision: str, device: str | None = None) -> None:
+        if device not in (None, "cpu"):
+            raise ValueError(f"device must be 'cpu' or None (what Accelerate finds), got {device!r}")
+        try:
+            from accelerate import Accelerator
+            from accelerate.state import AcceleratorState
+            from accelerate.utils import DistributedDataParallelKwargs
+        except ImportError as error:
+            raise ImportError('training needs accelerate: pip install "mtvit_ops[train]"') from error
+        # it keeps the first run's precision and device for the process's life; every run here has its own
+        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+        # a method may leave parameters out of a step: a tail that nobody chose
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        mixed = "bf16" if precision == "bfloat16" else "no"
+        self._accelerator = Accelerator(
+            cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision=mixed, kwargs_handlers=[unused]
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self._accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self._accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self._accelerator.num_processes
+
+    @property
+    def is_first(self) -> bool:
+        return self._accelerator.is_main_process
+
+    def prepare(self, module: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """The module, shared by all processes if there are several, and its optimiser."""
+        return self._accelerator.prepare(module, optimiser)
+
+    def autocast(self) -> Any:
+        return self._accelerator.autocast()
+
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss)
+
+    def clip(self, parameters: Iterable[Tensor], norm: float) -> None:
+        self._accelerator.clip_grad_norm_(parameters, norm)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Over all processes, on the CPU."""
+        return self._accelerator.reduce(value, reduction="mean").cpu()
+
+    def any(self, value: bool) -> bool:
+        """Whether it is so in any process; every one must ask."""
+        if self.world_size == 1:
+            return value
+        asked = torch.tensor(int(value), device=self.device)
+        return bool(self._accelerator.reduce(asked, reduction="sum").item())
+
+    def wait(self) -> None:
+        self._accelerator.wait_for_everyone()

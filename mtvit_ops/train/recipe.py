@@ -1,0 +1,285 @@
+"""Recipes: everything that decides how a model is trained, in one TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from .._checks import check_choice, check_count, check_real
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed; the message names the file, the table, the key, what was expected and got."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """
+    Attributes:
+        train_split, val_split: sub-folders of the folder or zip with one folder a class.
+        cache: ``"auto"``, ``"always"`` or ``"never"``: decode all images once into memory; ``"auto"``: if they take a
+            third of what is free, or less.
+        workers: processes that prepare batches, >= 0; 0: the training process itself.
+    """
+
+    train_split: str = "train"
+    val_split: str = "val"
+    cache: str = "auto"
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("cache", self.cache, ("auto", "always", "never"))
+        check_count("workers", self.workers, 0)
+
+
+@dataclass(frozen=True)
+class AugmentOptions:
+    """What a training image goes through; timm does it.
+
+    Attributes:
+        backend: ``"timm"``: image by image, in the workers; ``"kornia"``: workers only crop and flip, the rest is done
+            batch by batch on the device, for CPUs that would starve a GPU.
+        scale: area of the random crop, of the image's, 0 < low <= high <= 1.
+        ratio: its width over its height, 0 < low <= high.
+        hflip: share of images that are mirrored, [0, 1].
+        color_jitter: strength for brightness, contrast and saturation, [0, 1]; not used beside ``auto_augment``.
+        auto_augment: timm's name of a policy, such as ``"rand-m9-mstd0.5-inc1"``; empty: none.
+        random_erase: share of images that lose a rectangle, [0, 1].
+        interpolation: ``"bicubic"``, ``"bilinear"`` or ``"random"`` (one of the two for each image).
+        crop_pct: side of the centre crop in evaluation, of the shorter side, (0, 1].
+        mixup, cutmix: alphas of the beta distributions, >= 0; 0: none.
+        mix_prob: share of batches that are mixed, [0, 1].
+        label_smoothing: where targets are mixed; elsewhere the loss has a weight of this name, [0, 1].
+    """
+
+    backend: str = "timm"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: float = 0.0
+    auto_augment: str = ""
+    random_erase: float = 0.0
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("backend", self.backend, ("timm", "kornia"))
+        check_choice("interpolation", self.interpolation, ("bicubic", "bilinear", "random"))
+        for name, top in (("scale", 1.0), ("ratio", 100.0)):
+            pair = getattr(self, name)
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise ValueError(f"{name} must be two numbers, got {pair!r}")
+            object.__setattr__(self, name, tuple(pair))  # the one way into a frozen dataclass
+            for value in pair:
+                check_real(name, value, 0.0, top, open_low=True)
+            if pair[0] > pair[1]:
+                raise ValueError(f"{name} must not fall, got {pair!r}")
+        for name in ("hflip", "color_jitter", "random_erase", "mix_prob", "label_smoothing"):
+            check_real(name, getattr(self, name), 0.0, 1.0)
+        check_real("crop_pct", self.crop_pct, 0.0, 1.0, open_low=True)
+        for name in ("mixup", "cutmix"):
+            check_real(name, getattr(self, name), 0.0, 1e3)
+        if not isinstance(self.auto_augment, str):
+            raise TypeError(f"auto_augment must be a string, got {type(self.auto_augment).__name__}")
+
+    @property
+    def mixes(self) -> bool:
+        return (self.mixup > 0 or self.cutmix > 0) and self.mix_prob > 0
+
+
+@dataclass(frozen=True)
+class OptimiserOptions:
+    """
+    Attributes:
+        batch_size: images of one step over all processes, >= 1; even where images are mixed.
+        epochs: passes over the training images, >= 1. An incomplete last batch is left out.
+        lr: learning rate after the warm-up, for this batch size, > 0.
+        name: an optimiser of timm's.
+        betas: of Adam and its kin; None: timm's.
+        weight_decay: of matrices; vectors, positions and the class token have none, >= 0.
+        clip_grad: largest norm of the gradient, > 0; 0: as it is.
+        schedule: a schedule of timm's (``"cosine"`` ...), by step.
+        warmup_epochs, warmup_lr, min_lr: its start and end, >= 0.
+        ema_decay: of the moving average of the weights, [0, 1); 0: none. With one, it is what is evaluated and saved.
+    """
+
+    batch_size: int
+    epochs: int
+    lr: float
+    name: str = "adamw"
+    betas: tuple[float, float] | None = None
+    weight_decay: float = 0.05
+    clip_grad: float = 0.0
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size, 1)
+        check_count("epochs", self.epochs, 1)
+        check_real("lr", self.lr, 0.0, 1e3, open_low=True)
+        if self.betas is not None:
+            object.__setattr__(self, "betas", tuple(self.betas))  # the one way into a frozen dataclass
+        for name in ("weight_decay", "clip_grad", "warmup_lr", "min_lr"):
+            check_real(name, getattr(self, name), 0.0, 1e6)
+        check_real("warmup_epochs", self.warmup_epochs, 0.0, float(self.epochs))
+        check_real("ema_decay", self.ema_decay, 0.0, 1.0)
+        if self.ema_decay == 1:
+            raise ValueError("ema_decay must be below 1, or the average never moves, got 1")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """
+    Attributes:
+        seed: of weights, order, augmentation and every other draw, >= 0.
+        precision: ``"float32"``, or ``"bfloat16"`` under autocast.
+        checkpointing: keep less for the gradient, and compute blocks twice.
+        save_steps: steps between saves within an epoch, >= 0; 0: save after each epoch only.
+        log_steps: steps between lines of the log, >= 1.
+        eval_batch: images evaluated at once in a process, >= 1.
+        eval_epochs: epochs between evaluations, >= 1; the last one always is.
+    """
+
+    seed: int = 0
+    precision: str = "float32"
+    checkpointing: bool = False
+    save_steps: int = 0
+    log_steps: int = 10
+    eval_batch: int = 64
+    eval_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("seed", self.seed, 0)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("checkpointing", self.checkpointing, (True, False))
+        check_count("save_steps", self.save_steps, 0)
+        check_count("log_steps", self.log_steps, 1)
+        check_count("eval_batch", self.eval_batch, 1)
+        check_count("eval_epochs", self.eval_epochs, 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training.
+
+    Attributes:
+        title: what it is, in a line.
+        model: ``name`` as ``create_model`` knows it, and its overrides.
+        optimiser, data, augment, run: see their classes.
+        loss: weights by name, as ``compute_loss`` takes them.
+        plan: what changes while the method trains; see ``train.plan``.
+    """
+
+    title: str
+    model: Mapping[str, Any]
+    optimiser: OptimiserOptions
+    data: DataOptions = field(default_factory=DataOptions)
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    loss: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model.get("name"), str):
+            raise ValueError(f"model must have a name, got {dict(self.model)!r}")
+        if self.augment.mixes and self.optimiser.batch_size % 2:
+            raise ValueError(
+                f"batch_size must be even where images are mixed in pairs, got {self.optimiser.batch_size}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as the TOML file would say it."""
+        return _plain(dataclasses.asdict(self))
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: a TOML file, or what one holds.
+        changes: values by their dotted place, ``{"optimiser.epochs": 2}``; they win.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RecipeError: no TOML, an unknown table or key (the message lists what there is), a missing or a bad value.
+    """
+    where = "recipe" if isinstance(source, Mapping) else str(source)
+    content = _read(source)
+    for place, value in (changes or {}).items():
+        table, _, key = place.partition(".")
+        if not key:
+            content[table] = value
+            continue
+        inner = content.setdefault(table, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{where}: {table} is no table, so it has no {key}")
+        inner[key] = value
+    return _build(Recipe, content, where)
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe must be a file, there is none at {path}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not TOML: {error}") from error
+
+
+def _build(kind: type[T], content: Mapping[str, Any], where: str) -> T:
+    """A dataclass from a table, and the tables within it."""
+    fields = {each.name: each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    types = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise RecipeError(f"{where}: there is no {key!r}, only {', '.join(sorted(fields))}{hint}")
+        if dataclasses.is_dataclass(types[key]) or types[key] == Mapping[str, Any]:
+            if not isinstance(value, Mapping):
+                raise RecipeError(f"{where}: {key} must be a table, got {value!r}")
+            if dataclasses.is_dataclass(types[key]):
+                value = _build(types[key], value, f"{where}: [{key}]")  # type: ignore[arg-type]
+        elif types[key] is str and not isinstance(value, str):
+            raise RecipeError(f"{where}: {key} must be a string, got {value!r}")
+        values[key] = value
+    needed = dataclasses.MISSING
+    missing = [n for n, f in fields.items() if n not in values and f.default is needed and f.default_factory is needed]
+    if missing:
+        raise RecipeError(f"{where}: {', '.join(missing)} must be given")
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(f"{where}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, as JSON and TOML have them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,112 @@
+"""Trained models as single files: weights, the model they belong to, and the names of its classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checkpoints import load_checkpoint
+from .files import write_atomically
+from .models import create_model
+from .nn import VisionTransformer
+
+_ENTRY = "mtvit_ops"  # of the file's metadata
+
+
+class ModelInfo(NamedTuple):
+    """What a file says of its weights."""
+
+    model: dict[str, Any]  # ``name`` and overrides, as ``create_model`` takes them
+    classes: tuple[str, ...]  # the folder of each output, in order; empty: unknown
+    crop_pct: float  # side of the centre crop, of the shorter side
+    facts: dict[str, Any]  # whatever else the writer noted: recipe, step, top-1 ...
+
+
+class LoadedModel(NamedTuple):
+    """A model and what its file says of it."""
+
+    model: VisionTransformer
+    info: ModelInfo
+
+
+def save_model(
+    path: Path, weights: Mapping[str, Tensor], info: ModelInfo, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write weights and what they are as one safetensors file, atomically.
+
+    Args:
+        path: the file; its folder is there.
+        weights: a state dict of the model that ``info`` names.
+        info: goes into the file's metadata as JSON.
+        dtype: of floating-point weights in the file; None: as they are.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        OSError: the file cannot be written; what was there is untouched.
+    """
+    safetensors = _safetensors()
+    tensors = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+        for name, value in weights.items()
+    }
+    content = safetensors.torch.save(tensors, metadata={"format": "pt", _ENTRY: json.dumps(info._asdict())})
+    write_atomically(path, lambda file: file.write(content))
+
+
+def read_info(path: str | Path) -> ModelInfo | None:
+    """What a file says of its weights; None: it was not written by ``save_model``.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is no safetensors file.
+        ImportError: safetensors is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights must be a file, there is none at {path}")
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(_ENTRY)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if text is None:
+        return None
+    try:
+        content = json.loads(text)
+        info = ModelInfo(**{**content, "classes": tuple(content["classes"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} says nothing readable of its model: {error}") from error
+    return info
+
+
+def load_model(path: str | Path, **overrides: Any) -> LoadedModel:
+    """Build the model that a file of ``save_model`` holds, in evaluation mode and float32.
+
+    Args:
+        path: the file.
+        overrides: as of ``create_model``; they win over the file's.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: no such file, one that was written otherwise, or a bad override.
+    """
+    info = read_info(path)
+    if info is None:
+        raise ValueError(f"{path} does not say which model it is for: use create_model(name, checkpoint=...)")
+    options = {**info.model, **overrides}
+    model = create_model(options.pop("name"), **options)
+    load_checkpoint(model, path)
+    return LoadedModel(model.eval(), info)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError('trained models are safetensors files: pip install "mtvit_ops[train]"') from error
+    return safetensors

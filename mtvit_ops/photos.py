@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,21 +138,55 @@ def load_photo(file: PhotoFile, img_size: int, view_size: int) -> Photo:
     Raises:
         ValueError: the file cannot be read as a picture; the message says why.
     """
-    modules = _pillow()
+    with warnings.catch_warnings():
+        # Pillow warns of large pictures; those beyond its limit are errors
+        warnings.simplefilter("ignore", require_pillow("demo").Image.DecompressionBombWarning)
+        image = without_far_ends(read_rgb(file.path))
+    return Photo(file, normalise(centre_square(image, img_size)), centre_square(image, view_size))
+
+
+def require_pillow(extra: str) -> Any:
+    """The module ``PIL`` with ``Image`` and ``ImageOps``, or an error that names the extra to install."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of large pictures; those beyond its limit are errors
-            warnings.simplefilter("ignore", modules.Image.DecompressionBombWarning)
-            with modules.Image.open(file.path) as opened:
-                opened.load()
-                image = _to_rgb(modules.ImageOps.exif_transpose(opened))
+        import PIL
+        from PIL import Image, ImageOps  # noqa: F401 (both become attributes of PIL)
+    except ImportError as error:
+        raise ImportError(f'reading photographs needs Pillow: pip install "mtvit_ops[{extra}]"') from error
+    return PIL
+
+
+def read_rgb(source: Path | BinaryIO) -> Image:
+    """Read a picture of any kind as RGB.
+
+    Its rotation tag is respected; grey, palette and 16-bit pictures become RGB, transparency becomes white, and an
+    animation its first frame.
+
+    Args:
+        source: a file, or its content open for reading.
+
+    Raises:
+        ImportError: Pillow is not installed.
+        ValueError: this cannot be read as a picture; the message says why.
+    """
+    modules = require_pillow("demo")
+    try:
+        with modules.Image.open(source) as opened:
+            opened.load()
+            return _to_rgb(modules.ImageOps.exif_transpose(opened))
     except modules.UnidentifiedImageError:
         raise ValueError("is not a picture in any format that Pillow reads") from None
-    except (OSError, SyntaxError, ValueError, EOFError, modules.Image.DecompressionBombError) as error:
-        # Pillow's readers raise all of these for broken files
-        raise ValueError(f"cannot be read: {error}") from None
-    image = _without_far_ends(image)
-    return Photo(file, normalise(centre_square(image, img_size)), centre_square(image, view_size))
+    except Exception as error:  # Pillow's readers raise nearly anything for broken files, struct.error among them
+        raise ValueError(f"cannot be read: {str(error) or type(error).__name__}") from None
+
+
+def without_far_ends(image: Image) -> Image:
+    """The middle of a picture that is more than four times as long as wide; other pictures as they are."""
+    width, height = image.size
+    limit = _LONGEST * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
+    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
 
 
 def centre_square(image: Image, side: int) -> Image:
@@ -215,15 +249,6 @@ def find_labels(files: Sequence[PhotoFile], num_classes: int, names: Sequence[st
     return Labels(tuple(index[str(file.folder)] for file in files), "from the class folders")
 
 
-def _pillow() -> Any:
-    try:
-        import PIL
-        from PIL import Image, ImageOps  # noqa: F401 (both become attributes of PIL)
-    except ImportError as error:
-        raise ImportError('reading photographs needs Pillow: pip install "mtvit_ops[demo]"') from error
-    return PIL
-
-
 def _to_rgb(image: Image) -> Image:
     from PIL import Image as PillowImage
 
@@ -239,12 +264,3 @@ def _to_rgb(image: Image) -> Image:
         white = PillowImage.new("RGBA", image.size, "white")
         return PillowImage.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-def _without_far_ends(image: Image) -> Image:
-    width, height = image.size
-    limit = _LONGEST * min(width, height)
-    if max(width, height) <= limit:
-        return image
-    left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
-    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))

@@ -233,9 +233,6 @@ def _models(text: str) -> tuple[str, ...]:
     return names
 
 
-
-
-
 def _checkpoint(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals or not path or name not in (*METHODS, "all"):
@@ -247,7 +244,6 @@ def _checkpoint(text: str) -> tuple[str, str]:
     if not is_file:
         raise argparse.ArgumentTypeError(f"expected NAME=PATH, and there is no file {path!r}")
     return name, path
-
 
 
 def _read_labels(file: str | None) -> tuple[str, ...] | None:

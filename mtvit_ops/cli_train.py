@@ -123,7 +123,7 @@ def add_commands(commands: Any) -> None:
 
 def _run_train(options: argparse.Namespace) -> int:
     from .progress import show_progress
-    from .train.fit import Interrupted, train
+    from .train.fit import StoppedError, train
     from .train.recipe import load_recipe
     from .train.state import TrainError
 
@@ -140,7 +140,7 @@ def _run_train(options: argparse.Namespace) -> int:
                 device=None if options.device == "auto" else options.device,
                 progress=progress,
             )
-    except Interrupted as stopped:
+    except StoppedError as stopped:
         return 128 + stopped.signal
     except TrainError as error:
         print(f"mtvit-ops train: error: {error}", file=sys.stderr)

@@ -34,9 +34,7 @@ class LoadedModel(NamedTuple):
     info: ModelInfo
 
 
-def save_model(
-    path: Path, weights: Mapping[str, Tensor], info: ModelInfo, *, dtype: torch.dtype | None = None
-) -> None:
+def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo, *, dtype: torch.dtype | None = None) -> None:
     """Write weights and what they are as one safetensors file, atomically.
 
     Args:

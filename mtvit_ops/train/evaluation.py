@@ -13,8 +13,9 @@ from ..weights import load_model
 from .images import open_images
 from .loading import eval_batches
 from .processes import Processes
-from .recipe import PRECISIONS, AugmentOptions
+from .recipe import PRECISIONS
 from .scoring import Score, score
+from .views import ViewOptions
 
 
 def evaluate(
@@ -55,11 +56,11 @@ def evaluate(
     check_choice("precision", precision, PRECISIONS)
     model, info = load_model(weights, **overrides)
     processes = Processes(precision, device)
-    images = open_images(data, split, classes=info.classes or None, cache="never", progress=progress)
+    images = open_images(data, split, classes=info.classes or None, cache=False, progress=progress)
     loader = eval_batches(
         images,
         model.config.img_size,
-        AugmentOptions(crop_pct=info.crop_pct),
+        ViewOptions(crop_pct=info.crop_pct),
         batch_size,
         workers,
         processes.rank,

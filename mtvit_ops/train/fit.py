@@ -32,7 +32,7 @@ STATE, BEST, LAST, RECIPE = "state.pt", "best.safetensors", "last.safetensors", 
 _DRAWS = 1  # in the seed of a step's draws; what a view draws has no such part
 
 
-class Interrupted(TrainError):
+class StoppedError(TrainError):
     """A signal ended the training; everything up to then is saved."""
 
     def __init__(self, message: str, number: int) -> None:
@@ -80,7 +80,7 @@ def train(
     Raises:
         RecipeError, ValueError, TypeError, FileNotFoundError, ImportError: what was asked for cannot be done; nothing
             has been written.
-        Interrupted: SIGTERM or SIGINT came; the state was saved.
+        StoppedError: SIGTERM or SIGINT came; the state was saved.
         TrainError: a loss that is no number, a file that cannot be written, a state of another recipe. The last saved
             state is intact.
 
@@ -140,7 +140,7 @@ class _Run:
             recipe.run.seed,
             processes.rank,
             processes.world_size,
-            recipe.augment.mixes,
+            recipe.mix.mixes,
         )
         torch.manual_seed(recipe.run.seed)
         model = build_model(recipe, len(train_set.classes), start if state is None else None, reset_head)
@@ -148,7 +148,7 @@ class _Run:
         self.plan: Plan = make_plan(model, recipe.plan)
         self.plan.start(model, recipe.loss)
         self.average = Average(model, options.ema_decay) if options.ema_decay else None
-        self.mixing = Mixing(recipe.augment, len(train_set.classes)) if recipe.augment.mixes else None
+        self.mixing = Mixing(recipe.mix, len(train_set.classes)) if recipe.mix.mixes else None
         optimiser = make_optimiser(model, options)
         objective = _Objective(checkpointed_twin(model) if recipe.run.checkpointing else model)
         self.objective, self.optimiser = processes.prepare(objective, optimiser)
@@ -328,7 +328,7 @@ class _Run:
             self._save()
         message = f"asked to stop: saved after step {self.step} of {self.total}; resume goes on from there"
         journal.say(message)
-        raise Interrupted(message, request.signal or 15)
+        raise StoppedError(message, request.signal or 15)
 
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self._since

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from .images import ImageSet
 from .order import TrainOrder
-from .recipe import AugmentOptions, Recipe
-from .views import EvalViews, TrainViews, eval_view, train_view
+from .recipe import Recipe
+from .views import EvalViews, TrainViews, ViewOptions, eval_view, train_view
 
 
 def train_batches(
@@ -26,7 +27,7 @@ def train_batches(
 def eval_batches(
     images: ImageSet,
     img_size: int,
-    augment: AugmentOptions,
+    augment: ViewOptions,
     batch_size: int,
     workers: int,
     rank: int = 0,
@@ -44,6 +45,13 @@ def _load(views: Any, batches: list[Any], workers: int) -> Iterator[tuple[Tensor
         batch_sampler=batches,  # type: ignore[arg-type]  # any list of lists of keys
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals,
     )
     for pixels, targets, _ in loader:
         yield pixels, targets
+
+
+def _leave_signals(worker: int) -> None:
+    """A signal to all processes asks the training to save and end; workers end with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._timm import import_timm
 from ..nn import VisionTransformer
-from .recipe import AugmentOptions, OptimiserOptions, RecipeError
+from .recipe import MixOptions, OptimiserOptions, RecipeError
 
 
 def make_optimiser(model: VisionTransformer, options: OptimiserOptions) -> torch.optim.Optimizer:
@@ -27,7 +27,7 @@ def make_optimiser(model: VisionTransformer, options: OptimiserOptions) -> torch
         raise RecipeError("no parameter learns")
     undecayed = [name for name in learning if "pos_embed" in name or "cls_token" in name]
     groups = param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=undecayed)
-    extra = {} if options.betas is None else {"betas": options.betas}
+    extra: dict[str, Any] = {} if options.betas is None else {"betas": options.betas}
     try:
         return create_optimizer_v2(groups, opt=options.name, lr=options.lr, weight_decay=0.0, **extra)
     except (AssertionError, ValueError, TypeError) as error:
@@ -98,14 +98,14 @@ class Mixing:
         num_classes: of the soft targets.
     """
 
-    def __init__(self, options: AugmentOptions, num_classes: int) -> None:
+    def __init__(self, options: MixOptions, num_classes: int) -> None:
         import_timm()
         from timm.data import Mixup
 
         self._mix: Any = Mixup(
             mixup_alpha=options.mixup,
             cutmix_alpha=options.cutmix,
-            prob=options.mix_prob,
+            prob=options.prob,
             label_smoothing=options.label_smoothing,
             num_classes=num_classes,
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from .._checks import check_choice, check_count, check_real
+from .views import ViewOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,78 +32,45 @@ class DataOptions:
     """
     Attributes:
         train_split, val_split: sub-folders of the folder or zip with one folder a class.
-        cache: ``"auto"``, ``"always"`` or ``"never"``: decode all images once into memory; ``"auto"``: if they take a
-            third of what is free, or less.
+        cache: decode all images once into memory: ``"auto"`` (if they take a third of what is free, or less), true or
+            false; see ``open_images``.
         workers: processes that prepare batches, >= 0; 0: the training process itself.
     """
 
     train_split: str = "train"
     val_split: str = "val"
-    cache: str = "auto"
+    cache: bool | str = "auto"
     workers: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("cache", self.cache, ("auto", "always", "never"))
+        check_choice("cache", self.cache, ("auto", True, False))
         check_count("workers", self.workers, 0)
 
 
 @dataclass(frozen=True)
-class AugmentOptions:
-    """What a training image goes through; timm does it.
+class MixOptions:
+    """Mixup and CutMix of pairs of training images; timm does it.
 
     Attributes:
-        backend: ``"timm"``: image by image, in the workers; ``"kornia"``: workers only crop and flip, the rest is done
-            batch by batch on the device, for CPUs that would starve a GPU.
-        scale: area of the random crop, of the image's, 0 < low <= high <= 1.
-        ratio: its width over its height, 0 < low <= high.
-        hflip: share of images that are mirrored, [0, 1].
-        color_jitter: strength for brightness, contrast and saturation, [0, 1]; not used beside ``auto_augment``.
-        auto_augment: timm's name of a policy, such as ``"rand-m9-mstd0.5-inc1"``; empty: none.
-        random_erase: share of images that lose a rectangle, [0, 1].
-        interpolation: ``"bicubic"``, ``"bilinear"`` or ``"random"`` (one of the two for each image).
-        crop_pct: side of the centre crop in evaluation, of the shorter side, (0, 1].
         mixup, cutmix: alphas of the beta distributions, >= 0; 0: none.
-        mix_prob: share of batches that are mixed, [0, 1].
-        label_smoothing: where targets are mixed; elsewhere the loss has a weight of this name, [0, 1].
+        prob: share of batches that are mixed, [0, 1].
+        label_smoothing: of the soft targets, [0, 1]; without mixing, the loss has a weight of this name.
     """
 
-    backend: str = "timm"
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    color_jitter: float = 0.0
-    auto_augment: str = ""
-    random_erase: float = 0.0
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.875
     mixup: float = 0.0
     cutmix: float = 0.0
-    mix_prob: float = 1.0
+    prob: float = 1.0
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choice("backend", self.backend, ("timm", "kornia"))
-        check_choice("interpolation", self.interpolation, ("bicubic", "bilinear", "random"))
-        for name, top in (("scale", 1.0), ("ratio", 100.0)):
-            pair = getattr(self, name)
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                raise ValueError(f"{name} must be two numbers, got {pair!r}")
-            object.__setattr__(self, name, tuple(pair))  # the one way into a frozen dataclass
-            for value in pair:
-                check_real(name, value, 0.0, top, open_low=True)
-            if pair[0] > pair[1]:
-                raise ValueError(f"{name} must not fall, got {pair!r}")
-        for name in ("hflip", "color_jitter", "random_erase", "mix_prob", "label_smoothing"):
+        for name in ("prob", "label_smoothing"):
             check_real(name, getattr(self, name), 0.0, 1.0)
-        check_real("crop_pct", self.crop_pct, 0.0, 1.0, open_low=True)
         for name in ("mixup", "cutmix"):
             check_real(name, getattr(self, name), 0.0, 1e3)
-        if not isinstance(self.auto_augment, str):
-            raise TypeError(f"auto_augment must be a string, got {type(self.auto_augment).__name__}")
 
     @property
     def mixes(self) -> bool:
-        return (self.mixup > 0 or self.cutmix > 0) and self.mix_prob > 0
+        return (self.mixup > 0 or self.cutmix > 0) and self.prob > 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +97,7 @@ class OptimiserOptions:
     weight_decay: float = 0.05
     clip_grad: float = 0.0
     schedule: str = "cosine"
-    warmup_epochs: float = 0.0
+    warmup_epochs: int = 0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     ema_decay: float = 0.0
@@ -142,7 +110,7 @@ class OptimiserOptions:
             object.__setattr__(self, "betas", tuple(self.betas))  # the one way into a frozen dataclass
         for name in ("weight_decay", "clip_grad", "warmup_lr", "min_lr"):
             check_real(name, getattr(self, name), 0.0, 1e6)
-        check_real("warmup_epochs", self.warmup_epochs, 0.0, float(self.epochs))
+        check_count("warmup_epochs", self.warmup_epochs, 0, self.epochs)
         check_real("ema_decay", self.ema_decay, 0.0, 1.0)
         if self.ema_decay == 1:
             raise ValueError("ema_decay must be below 1, or the average never moves, got 1")
@@ -186,7 +154,7 @@ class Recipe:
     Attributes:
         title: what it is, in a line.
         model: ``name`` as ``create_model`` knows it, and its overrides.
-        optimiser, data, augment, run: see their classes.
+        optimiser, data, augment, mix, run: see their classes.
         loss: weights by name, as ``compute_loss`` takes them.
         plan: what changes while the method trains; see ``train.plan``.
     """
@@ -195,7 +163,8 @@ class Recipe:
     model: Mapping[str, Any]
     optimiser: OptimiserOptions
     data: DataOptions = field(default_factory=DataOptions)
-    augment: AugmentOptions = field(default_factory=AugmentOptions)
+    augment: ViewOptions = field(default_factory=ViewOptions)
+    mix: MixOptions = field(default_factory=MixOptions)
     run: RunOptions = field(default_factory=RunOptions)
     loss: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)
@@ -203,7 +172,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not isinstance(self.model.get("name"), str):
             raise ValueError(f"model must have a name, got {dict(self.model)!r}")
-        if self.augment.mixes and self.optimiser.batch_size % 2:
+        if self.mix.mixes and self.optimiser.batch_size % 2:
             raise ValueError(
                 f"batch_size must be even where images are mixed in pairs, got {self.optimiser.batch_size}"
             )

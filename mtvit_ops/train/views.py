@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._timm import import_timm
 from ..photos import MEAN, STD
 from .images import ImageSet
 
@@ -237,10 +238,9 @@ def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
 
 
 def _timm_data() -> Any:
-    try:
-        import timm.data
-    except ImportError as error:
-        raise ImportError('training views need timm: pip install "mtvit_ops[train]"') from error
+    import_timm()
+    import timm.data
+
     return timm.data
 
 

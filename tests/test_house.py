@@ -22,7 +22,7 @@ PACKAGE = Path(mtvit_ops.__file__).parent
 # cli -> train, engine -> patch -> methods -> nn -> ops -> {reference, kernels, _C}: a module imports from its own level
 # or from later ones. What is not named (models, checkpoints, flops, ...) stands beside train and engine.
 LEVELS = (
-    ("cli", "__main__"),
+    ("cli", "__main__", "cli_train"),
     ("train", "engine"),
     ("patch",),
     ("methods",),
@@ -30,7 +30,7 @@ LEVELS = (
     ("ragged",),
     ("ops",),
     ("_register",),
-    ("reference", "kernels", "_extension", "_backend", "_checks", "_onednn", "_version"),
+    ("reference", "kernels", "_extension", "_backend", "_checks", "_onednn", "_version", "_timm"),
 )
 BESIDE_ENGINE = 1
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

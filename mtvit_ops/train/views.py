@@ -239,8 +239,10 @@ def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
 def _timm_data() -> Any:
     try:
         import timm.data
-    except ImportError as error:
-        raise ImportError('training views need timm: pip install "mtvit_ops[train]"') from error
+    except ModuleNotFoundError as error:
+        raise ImportError(f'training views need {error.name}: pip install "mtvit_ops[train]"') from error
+    except (ImportError, RuntimeError) as error:  # a torchvision that was built for another PyTorch
+        raise ImportError(f"timm is installed, but cannot be imported: {error}") from error
     return timm.data
 
 

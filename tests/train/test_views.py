@@ -165,8 +165,19 @@ def test_tiny_pictures(size: tuple[int, int], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "policy",
-    "rand-m9-mstd0.5-inc1 rand-m5-n2-p0.7-mmax12-t3a rand-mstd101-tweights rand-t3aw augmix-m3-w2-d1-b1"
-    " augmix-a0.5-mstd1 v0 v0r-mstd0.5 original originalr 3a".split(),
+    [
+        "rand-m9-mstd0.5-inc1",
+        "rand-m5-n2-p0.7-mmax12-t3a",
+        "rand-mstd101-tweights",
+        "rand-t3aw",
+        "augmix-m3-w2-d1-b1",
+        "augmix-a0.5-mstd1",
+        "v0",
+        "v0r-mstd0.5",
+        "original",
+        "originalr",
+        "3a",
+    ],
 )
 def test_policies_that_timm_knows(policy: str, found: ImageSet) -> None:
     view = train_view(16, ViewOptions(auto_augment=policy))

@@ -175,7 +175,7 @@ def read_rgb(source: Path | BinaryIO) -> Image:
             return _to_rgb(modules.ImageOps.exif_transpose(opened))
     except modules.UnidentifiedImageError:
         raise ValueError("is not a picture in any format that Pillow reads") from None
-    except Exception as error:  # Pillow's readers raise nearly anything for broken files, struct.error among them
+    except Exception as error:  # no promise of Pillow's says what its readers raise for a broken file
         raise ValueError(f"cannot be read: {str(error) or type(error).__name__}") from None
 
 

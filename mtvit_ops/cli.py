@@ -13,7 +13,7 @@ from . import cli_train
 from ._arguments import count, override, ratio, seed
 from ._extension import build_info
 from ._version import __version__
-from .compare_options import DTYPES, SIZES, CompareError, CompareOptions
+from .compare_options import DEFAULT_RATIO, DTYPES, SIZES, CompareError, CompareOptions
 from .environment import describe_environment
 from .lineup import BASELINE, METHODS, TITLES
 
@@ -43,8 +43,8 @@ examples:
     mtvit-ops compare cat.jpg dog.jpg --models avit,mtvit --size tiny --batch 1
   a folder, with trained weights:
     mtvit-ops compare photos/ --checkpoint all=deit_small_patch16_224.pth
-  a folder of ten class folders, with top-1:
-    mtvit-ops compare val/ --checkpoint all=my.pth --override num_classes=10
+  trained models on a folder of class folders, with top-1:
+    mtvit-ops compare val/ --trained checkpoints/
 
 top-1:
   shown if the folder has class sub-folders. Their sorted names are taken for
@@ -128,9 +128,11 @@ def _add_compare(commands: Any) -> None:
     texts = {
         "photos": "files, or folders to search (default: free photographs that scikit-image installs)",
         "models": f"methods to compare, separated by commas (default: all); {BASELINE}, the dense one, always runs",
+        "trained": "folder of model files that mtvit-ops train wrote, one a method, the dense ViT among them; each runs"
+        " as it was trained, unless --mac-ratio asks for another cost",
         "size": "of the backbone, as DeiT names them (default: %(default)s)",
         "mac_ratio": "share of the dense model's multiply-accumulates to calibrate to, above 0 up to 1 (default:"
-        " %(default)s)",
+        f" {DEFAULT_RATIO}; with --trained: as the files have it)",
         "batch": "images run at once (default: %(default)s)",
         "dtype": "of weights and images (default: %(default)s)",
         "device": "auto, cpu, cuda, cuda:1 ... (default: auto: CUDA if there is one)",
@@ -155,6 +157,7 @@ def _add_compare(commands: Any) -> None:
 
     add("photos", nargs="*", metavar="PHOTO|FOLDER")
     add("models", type=_models, metavar="NAME,NAME")
+    add("trained", metavar="DIR")
     add("size", choices=SIZES)
     add("mac_ratio", type=ratio, metavar="R")
     add("batch", type=count, metavar="N")
@@ -188,6 +191,7 @@ def _run_compare(options: argparse.Namespace) -> int:
         photos=tuple(options.photos),
         models=options.models,
         size=options.size,
+        trained=options.trained,
         mac_ratio=options.mac_ratio,
         batch=options.batch,
         dtype=options.dtype,

@@ -19,6 +19,7 @@ from .environment import environment
 from .equality import Equality, check_batches, rounding_tolerance
 from .flops import count_batch_macs
 from .lineup import BASELINE, Lineup, build_lineup
+from .lineup_trained import build_trained
 from .nn import VisionTransformer
 from .photos import Found, Labels, Photo, Problem, default_photos, find_labels, find_photos
 from .progress import Progress
@@ -49,6 +50,7 @@ class CompareResult:
     """Everything measured; ``report`` writes it down."""
 
     options: CompareOptions
+    models: str  # what they are, in a few words
     rows: tuple[ModelResult, ...]
     num_photos: int
     num_timed: int
@@ -70,15 +72,13 @@ _UNTRAINED = "untrained weights: the choices of tokens mean nothing"
 Build = Callable[..., Lineup]
 
 
-def run_compare(
-    options: CompareOptions, progress: Progress | None = None, build: Build = build_lineup
-) -> CompareResult:
+def run_compare(options: CompareOptions, progress: Progress | None = None, build: Build | None = None) -> CompareResult:
     """Calibrate, check, time and trace the models on the photographs.
 
     Args:
         options: what to compare.
         progress: told about every stage.
-        build: makes the models; takes what ``build_lineup`` takes.
+        build: makes the models; takes what ``build_lineup`` takes. None: that, or the folder of trained models.
 
     Raises:
         CompareError: an option that cannot be met, or no photograph that can be read.
@@ -95,7 +95,7 @@ def run_compare(
         torch.set_num_threads(threads)
 
 
-def _run(options: CompareOptions, progress: Progress, build: Build) -> CompareResult:
+def _run(options: CompareOptions, progress: Progress, build: Build | None) -> CompareResult:
     device = find_device(options.device)
     facts = environment()
     found = find_photos(options.photos) if options.photos else default_photos()
@@ -107,15 +107,7 @@ def _run(options: CompareOptions, progress: Progress, build: Build) -> CompareRe
     _keep_apart(options.out, found)
     try:
         preferred_backend()
-        lineup = build(
-            options.models,
-            options.size,
-            options.checkpoints,
-            options.overrides,
-            options.seed,
-            device,
-            DTYPES[options.dtype],
-        )
+        lineup = _build_models(options, device, build)
     except (ValueError, TypeError) as error:
         raise CompareError(str(error)) from error
     models = lineup.models
@@ -138,8 +130,9 @@ def _run(options: CompareOptions, progress: Progress, build: Build) -> CompareRe
 
     calibrations: dict[str, Calibration] = {}
     adaptive = [name for name in models if name != BASELINE]
-    for name in progress.track(adaptive, "calibrating"):
-        calibrations[name] = calibrate(models[name], images, options.mac_ratio)
+    if options.wanted_ratio is not None:
+        for name in progress.track(adaptive, "calibrating"):
+            calibrations[name] = calibrate(models[name], images, options.wanted_ratio)
     tolerance = rounding_tolerance(dense, images[:4])
     equalities: dict[str, Equality] = {}
     for name in progress.track(list(models), "checking that removal equals masking, and batch equals alone"):
@@ -185,6 +178,7 @@ def _run(options: CompareOptions, progress: Progress, build: Build) -> CompareRe
         notes.append(f"{len(found.ignored)} files in folders are no pictures by their names: {names}, ...")
     return CompareResult(
         options,
+        lineup.setting,
         tuple(row(name) for name in models),
         num_photos,
         wanted,
@@ -196,6 +190,14 @@ def _run(options: CompareOptions, progress: Progress, build: Build) -> CompareRe
         {**facts, "threads": torch.get_num_threads()},
         tuple(pictures),
     )
+
+
+def _build_models(options: CompareOptions, device: torch.device, build: Build | None) -> Lineup:
+    dtype = DTYPES[options.dtype]
+    if build is None and options.trained is not None:
+        return build_trained(options.trained, options.models, options.overrides, device, dtype)
+    given = options.models, options.size, options.checkpoints, options.overrides, options.seed, device, dtype
+    return (build or build_lineup)(*given)
 
 
 def _keep_apart(out: str | None, found: Found) -> None:
@@ -220,12 +222,13 @@ def _every_photo(
     from .viz import PictureWriter
 
     models = lineup.models
-    labels = find_labels(found.files, models[BASELINE].config.num_classes, options.labels)
+    names = options.labels or lineup.classes or None
+    labels = find_labels(found.files, models[BASELINE].config.num_classes, names)
     right = dict.fromkeys(models, 0) if labels.indices is not None else None
     writer = (
         None
         if options.out is None
-        else PictureWriter(Path(options.out), models, _UNTRAINED if lineup.untrained else "")
+        else PictureWriter(Path(options.out), models, _UNTRAINED if lineup.untrained else "", lineup.class_names)
     )
     read = 0
     starts = range(0, len(found.files), options.batch)
@@ -243,10 +246,9 @@ def _every_photo(
             for name, (logits, _) in outputs.items():
                 right[name] += int((logits.argmax(dim=1).cpu() == truth).sum())
         if writer is not None:
-            traces = {name: trace for name, (_, trace) in outputs.items()}
             for place, (_, photo) in enumerate(good):
                 try:
-                    writer.write(photo, images[place : place + 1], traces, place)
+                    writer.write(photo, images[place : place + 1], outputs, place)
                 except OSError as error:
                     raise CompareError(f"out: cannot write the picture of {photo.file.path}: {error}") from error
     return right, [] if writer is None else writer.written, read, labels

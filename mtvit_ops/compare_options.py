@@ -10,6 +10,7 @@ import torch
 
 from .lineup import METHODS
 
+DEFAULT_RATIO = 0.65
 SIZES = ("tiny", "small", "base")
 _MOST_THREADS = 4096  # the thread library ends the process where the system gives it no more
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,7 +28,10 @@ class CompareOptions:
         photos: files and folders; empty: the free photographs of scikit-image.
         models: methods out of ``lineup.METHODS``; the dense baseline is always there.
         size: ``"tiny"``, ``"small"`` or ``"base"``.
-        mac_ratio: wanted share of the dense model's multiply-accumulates, in (0, 1].
+        trained: folder of model files, each with its own weights (see ``find_trained``); ``size`` and ``checkpoints``
+            are not read then. None: random weights, or ``checkpoints``.
+        mac_ratio: wanted share of the dense model's multiply-accumulates, in (0, 1]; None: 0.65, and for trained models
+            as their files have it.
         batch: images run at once.
         dtype: ``"float32"`` or ``"bfloat16"``.
         device: ``"auto"`` (CUDA if there is one), or what ``torch.device`` takes.
@@ -44,7 +48,8 @@ class CompareOptions:
     photos: tuple[str, ...] = ()
     models: tuple[str, ...] = METHODS
     size: str = "small"
-    mac_ratio: float = 0.65
+    trained: str | None = None
+    mac_ratio: float | None = None
     batch: int = 8
     dtype: str = "float32"
     device: str = "auto"
@@ -64,7 +69,9 @@ class CompareOptions:
             _one_of("checkpoints", name, (*METHODS, "all"))
         _one_of("size", self.size, SIZES)
         _one_of("dtype", self.dtype, tuple(DTYPES))
-        if not 0 < self.mac_ratio <= 1:
+        if self.trained is not None and self.checkpoints:
+            raise CompareError("checkpoints must be empty beside trained models, which have weights of their own")
+        if self.mac_ratio is not None and not 0 < self.mac_ratio <= 1:
             raise CompareError(f"mac_ratio must be in (0, 1], got {self.mac_ratio}")
         for name in ("batch", "rounds", "threads", "sample"):
             value = getattr(self, name)
@@ -72,6 +79,11 @@ class CompareOptions:
                 raise CompareError(f"{name} must be >= 1, got {value}")
         if self.threads is not None and self.threads > _MOST_THREADS:
             raise CompareError(f"threads must be in [1, {_MOST_THREADS}], got {self.threads}")
+
+    @property
+    def wanted_ratio(self) -> float | None:
+        """What to calibrate to; None: nothing."""
+        return DEFAULT_RATIO if self.mac_ratio is None and self.trained is None else self.mac_ratio
 
 
 def find_device(name: str) -> torch.device:

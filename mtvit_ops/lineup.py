@@ -31,6 +31,9 @@ class Lineup(NamedTuple):
     models: dict[str, VisionTransformer]
     untrained: bool  # whether every model has random weights
     notes: tuple[str, ...]
+    setting: str  # what they are, in a few words
+    classes: tuple[str, ...] = ()  # the folder of each output, where the weights say so
+    class_names: tuple[str, ...] = ()  # what to call each output
 
 
 def build_lineup(
@@ -103,7 +106,8 @@ def build_lineup(
         notes.append("linear weights are packed for the CPU (mtvit_ops.pack_weights), the dense model's too.")
     if shared is not None and len(chosen) > 1:
         notes.insert(0, "methods run on shared weights (--checkpoint all=...) that were not trained with them.")
-    return Lineup(models, untrained, tuple(notes))
+    changes = "".join(f" {key}={value}" for key, value in overrides.items())
+    return Lineup(models, untrained, tuple(notes), f"ViT-{size}{changes}")
 
 
 def _sort_overrides(

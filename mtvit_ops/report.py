@@ -86,8 +86,7 @@ def plain_table(result: CompareResult, ascii_only: bool = False) -> str:
 def setting(result: CompareResult) -> str:
     """The models and how they were run, in one line."""
     options = result.options
-    changes = "".join(f" {key}={value}" for key, value in options.overrides.items())
-    return f"ViT-{options.size}{changes}, batch {options.batch}, {options.dtype}, {result.device}"
+    return f"{result.models}, batch {options.batch}, {options.dtype}, {result.device}"
 
 
 def header(result: CompareResult) -> str:

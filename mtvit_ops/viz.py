@@ -88,7 +88,14 @@ def overlay(view: Image, panel: Panel, depth: int) -> Image:
     return picture
 
 
-def draw_picture(view: Image, caption: str, panels: Sequence[Panel], depth: int, note: str = "") -> Image:
+def draw_picture(
+    view: Image,
+    caption: str,
+    panels: Sequence[Panel],
+    depth: int,
+    note: str = "",
+    seen: Sequence[str] = ("what the models see of the photograph",),
+) -> Image:
     """The photograph and one overlay a method side by side, with titles, a legend and a note beside it."""
     from PIL import Image as PillowImage
     from PIL import ImageDraw, ImageFont
@@ -106,7 +113,7 @@ def draw_picture(view: Image, caption: str, panels: Sequence[Panel], depth: int,
             draw.text((left, 42 + 22 * row), _fitted(line, text, side), fill=_QUIET, font=text)
         sheet.paste(picture, (left, _HEADER))
 
-    column(0, caption, ("what the models see of the photograph",), view)
+    column(0, caption, seen, view)
     for index, panel in enumerate(panels, start=1):
         column(index, panel.title, panel.lines, overlay(view, panel, depth))
 
@@ -158,34 +165,55 @@ class PictureWriter:
         folder: where to; created if need be.
         models: by name; all but the baseline get a panel.
         note: what every picture must say.
+        class_names: of the outputs, to tell what each model sees; empty: nobody knows them.
     """
 
-    def __init__(self, folder: Path, models: Mapping[str, VisionTransformer], note: str = "") -> None:
-        self._folder, self._models, self._note = folder, models, note
+    def __init__(
+        self,
+        folder: Path,
+        models: Mapping[str, VisionTransformer],
+        note: str = "",
+        class_names: Sequence[str] = (),
+    ) -> None:
+        self._folder, self._models, self._note, self._class_names = folder, models, note, class_names
         folder.mkdir(parents=True, exist_ok=True)
         self.written: list[Path] = []
 
-    def write(self, photo: Photo, image: Tensor, traces: Mapping[str, Trace], index: int) -> Path:
+    def write(self, photo: Photo, image: Tensor, outputs: Mapping[str, tuple[Tensor, Trace]], index: int) -> Path:
         """Draw one photograph.
 
         Args:
             photo: as it was read.
             image: its pixels as the models take them, (1, C, H, W).
-            traces: of the batch it was in, by model.
+            outputs: logits and trace of the batch it was in, by model.
             index: its place in that batch.
         """
         dense = self._models[BASELINE]
         dense_macs = count_macs(dense, image).per_image
         panels = [
-            make_panel(name, model, traces[name], index, count_macs(model, image).per_image / dense_macs)
+            self._panel(name, outputs[name], index, count_macs(model, image).per_image / dense_macs)
             for name, model in self._models.items()
             if name != BASELINE
         ]
-        picture = draw_picture(photo.view, photo.file.path.stem, panels, len(dense.blocks), self._note)
+        seen: tuple[str, ...] = ("what the models see of the photograph",)
+        if self._class_names:
+            seen = (*seen, f"dense: {self._answer(outputs[BASELINE][0][index])}")
+        picture = draw_picture(photo.view, photo.file.path.stem, panels, len(dense.blocks), self._note, seen)
         path = self._free_name(photo.file.path.stem)
         write_atomically(path, lambda file: picture.save(file, format="PNG"))
         self.written.append(path)
         return path
+
+    def _panel(self, name: str, output: tuple[Tensor, Trace], index: int, mac_share: float) -> Panel:
+        logits, trace = output
+        panel = make_panel(name, self._models[name], trace, index, mac_share)
+        if not self._class_names:
+            return panel
+        return panel._replace(title=f"{panel.title}: {self._answer(logits[index])}")
+
+    def _answer(self, logits: Tensor) -> str:
+        share, best = logits.float().softmax(dim=0).max(dim=0)
+        return f"{self._class_names[int(best)]} {float(share):.0%}"
 
     def _free_name(self, stem: str) -> Path:
         """Photographs of one name in several folders get a number each."""

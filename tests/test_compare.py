@@ -142,7 +142,7 @@ def with_broken(method: EvoViT) -> Any:
     def build(*arguments: Any) -> Lineup:
         lineup = build_lineup(*arguments)
         models = {"vit": lineup.models["vit"], "evovit": lineup.models["vit"].with_method(method)}
-        return Lineup(models, True, ())
+        return Lineup(models, True, (), "two models")
 
     return build
 

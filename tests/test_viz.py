@@ -115,12 +115,12 @@ def test_writer_numbers_photographs_of_one_name(tmp_path: Path) -> None:
     photo = Photo(PhotoFile(Path("x/cat.png")), normalise(GREY), GREY)
     images = photo.pixels[None]
     with torch.no_grad():
-        traces = {name: model(images, return_trace=True)[1] for name, model in models.items()}
+        outputs = {name: model(images, return_trace=True) for name, model in models.items()}
     writer = PictureWriter(tmp_path / "new", models)
     for _ in range(2):
-        writer.write(photo, images, traces, 0)
+        writer.write(photo, images, outputs, 0)
     # the chart's name is taken
-    writer.write(photo._replace(file=PhotoFile(Path("speed-up.jpg"))), images, traces, 0)
+    writer.write(photo._replace(file=PhotoFile(Path("speed-up.jpg"))), images, outputs, 0)
     assert [path.name for path in writer.written] == ["cat.png", "cat-2.png", "speed-up-2.png"]
     # nothing half-written stays behind
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["cat-2.png", "cat.png", "speed-up-2.png"]

@@ -288,6 +288,7 @@ class _Run:
             "step": self.step,
             "top1": self.score.top1,
             "images": self.score.images,
+            "seconds": self._elapsed(),
             "recipe": self.recipe.to_dict(),
         }
         options = {**self.recipe.model, "num_classes": len(self.train_set.classes)}

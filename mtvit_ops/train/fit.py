@@ -16,6 +16,7 @@ from ..progress import Progress
 from ..weights import ModelInfo, save_model
 from .build import build_model
 from .compute_loss import compute_loss
+from .device_views import DeviceViews
 from .images import ImageSet, open_images
 from .journal import Journal
 from .loading import eval_batches, train_batches
@@ -148,8 +149,9 @@ class _Run:
         self.plan: Plan = make_plan(model, recipe.plan)
         self.plan.start(model, recipe.loss)
         self.average = Average(model, options.ema_decay) if options.ema_decay else None
+        self.device_views = DeviceViews(recipe.augment) if recipe.data.augment_on == "device" else None
         self.mixing = Mixing(recipe.mix, len(train_set.classes)) if recipe.mix.mixes else None
-        optimiser = make_optimiser(model, options)
+        optimiser = make_optimiser(model, options, self.plan)
         objective = _Objective(checkpointed_twin(model) if recipe.run.checkpointing else model)
         self.objective, self.optimiser = processes.prepare(objective, optimiser)
         self.schedule = Schedule(optimiser, options, self.order.steps)
@@ -203,10 +205,11 @@ class _Run:
         """One update; the names and values of the loss and its terms, on the device."""
         device, seed = self.processes.device, self.recipe.run.seed
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        mixed = derive_seed(seed, _DRAWS, self.step)
-        if self.mixing is not None:
-            images, targets = self.mixing(images, targets, mixed)
         torch.manual_seed(derive_seed(seed, _DRAWS, self.step, self.processes.rank))
+        if self.device_views is not None:
+            images = self.device_views(images)
+        if self.mixing is not None:
+            images, targets = self.mixing(images, targets, derive_seed(seed, _DRAWS, self.step))
         weights = self.plan.at(self.model, self.recipe.loss, self.step / self.total)
         self.schedule.set(self.step)
         with self.processes.autocast():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .device_views import worker_options
 from .images import ImageSet
 from .order import TrainOrder
 from .recipe import Recipe
@@ -20,7 +21,8 @@ def train_batches(
     images: ImageSet, recipe: Recipe, img_size: int, order: TrainOrder, epoch: int, first_step: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's batches (pixels, targets) of an epoch, from a step on."""
-    views = TrainViews(images, train_view(img_size, recipe.augment), recipe.run.seed)
+    own = recipe.augment if recipe.data.augment_on == "workers" else worker_options(recipe.augment)
+    views = TrainViews(images, train_view(img_size, own), recipe.run.seed)
     return _load(views, list(order.batches(epoch, first_step)), recipe.data.workers)
 
 

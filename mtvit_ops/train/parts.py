@@ -10,26 +10,32 @@ from torch import Tensor
 
 from .._timm import import_timm
 from ..nn import VisionTransformer
+from .plan import Plan
 from .recipe import MixOptions, OptimiserOptions, RecipeError
 
 
-def make_optimiser(model: VisionTransformer, options: OptimiserOptions) -> torch.optim.Optimizer:
+def make_optimiser(model: VisionTransformer, options: OptimiserOptions, plan: Plan) -> torch.optim.Optimizer:
     """The optimiser of what learns; vectors, positions and the class token have no weight decay.
 
     Raises:
         RecipeError: no such optimiser, or one that cannot be made so; nothing that learns.
     """
     import_timm()
-    from timm.optim import create_optimizer_v2, param_groups_weight_decay
+    from timm.optim import create_optimizer_v2
 
-    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not learning:
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            bare = parameter.ndim <= 1 or "pos_embed" in name or "cls_token" in name
+            decay = 0.0 if bare else options.weight_decay
+            groups.setdefault((decay, plan.lr_scale(name)), []).append(parameter)
+    if not groups:
         raise RecipeError("no parameter learns")
-    undecayed = [name for name in learning if "pos_embed" in name or "cls_token" in name]
-    groups = param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=undecayed)
+    # timm's schedules know lr_scale
+    listed = [{"params": each, "weight_decay": decay, "lr_scale": scale} for (decay, scale), each in groups.items()]
     extra: dict[str, Any] = {} if options.betas is None else {"betas": options.betas}
     try:
-        return create_optimizer_v2(groups, opt=options.name, lr=options.lr, weight_decay=0.0, **extra)
+        return create_optimizer_v2(listed, opt=options.name, lr=options.lr, weight_decay=0.0, **extra)
     except (AssertionError, ValueError, TypeError) as error:
         raise RecipeError(f"optimiser {options.name!r} cannot be made: {error}") from error
 
@@ -47,22 +53,23 @@ class Schedule:
         import_timm()
         from timm.scheduler import create_scheduler_v2
 
+        # timm counts in epochs; here its epochs are steps, so that a warm-up may end within an epoch
+        linear = options.schedule == "linear"  # timm's polynomial of power 1
         self._scheduler, _ = create_scheduler_v2(
             optimiser,
-            sched=options.schedule,
-            num_epochs=options.epochs,
-            warmup_epochs=options.warmup_epochs,
+            sched="poly" if linear else options.schedule,
+            num_epochs=options.epochs * steps,
+            warmup_epochs=round(options.warmup_epochs * steps),
             warmup_lr=options.warmup_lr,
             min_lr=options.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=steps,
+            decay_rate=1.0 if linear else 0.1,
         )
         if self._scheduler is None:
             raise RecipeError(f"schedule must be one of timm's, got {options.schedule!r}")
 
     def set(self, step: int) -> None:
         """Make the learning rates those of a step, counted from 0."""
-        self._scheduler.step_update(step)
+        self._scheduler.step(step)
 
 
 class Average:

@@ -24,6 +24,10 @@ class Plan:
         """Set the model up for a step and return the weights of its loss; ``progress``: share of the steps done."""
         return dict(loss)
 
+    def lr_scale(self, parameter: str) -> float:
+        """What the learning rate of a parameter, by its name, is multiplied with."""
+        return 1.0
+
 
 @dataclass(frozen=True)
 class EvoViTPlan(Plan):
@@ -67,17 +71,20 @@ class LifePlan(Plan):
 class MTViTPlan(Plan):
     """
     Attributes:
-        learn: ``"all"``, or ``"predictor"``: the tails and the encoder stay as they are.
+        predictor_only: share of the training in which tails and encoder stay as they are, [0, 1].
+        encoder_lr: learning rate of tails and encoder over the predictor's, (0, 1].
         temperature: of the Gumbel-Softmax at the start and at the end, falling exponentially, both > 0.
         anneal_entropy: the weight of the entropy falls to 0 over the first third.
     """
 
-    learn: str = "all"
+    predictor_only: float = 0.0
+    encoder_lr: float = 1.0
     temperature: tuple[float, float] = (1.0, 1.0)
     anneal_entropy: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("learn", self.learn, ("all", "predictor"))
+        check_real("predictor_only", self.predictor_only, 0.0, 1.0)
+        check_real("encoder_lr", self.encoder_lr, 0.0, 1.0, open_low=True)
         check_choice("anneal_entropy", self.anneal_entropy, (True, False))
         if not isinstance(self.temperature, (tuple, list)) or len(self.temperature) != 2:
             raise ValueError(f"temperature must be two numbers, got {self.temperature!r}")
@@ -85,24 +92,27 @@ class MTViTPlan(Plan):
         for value in self.temperature:
             check_real("temperature", value, 0.0, 1e6, open_low=True)
 
-    def start(self, model: VisionTransformer, loss: Mapping[str, Any]) -> None:
-        assert isinstance(model.method, MTViT)
-        if self.learn == "predictor":
-            model.requires_grad_(False)
-            model.method.predictor.requires_grad_(True)
-
     def at(self, model: VisionTransformer, loss: Mapping[str, Any], progress: float) -> dict[str, Any]:
         weights = dict(loss)
         mode = weights.get("mode", mt_vit.MTViTLoss().mode)
         if mode == "tails":
             return weights
+        learns = progress >= self.predictor_only
+        if model.cls_token.requires_grad != learns:
+            for name, parameter in model.named_parameters():
+                if not name.startswith(_PREDICTOR):
+                    parameter.requires_grad_(learns)
         weights["temperature"] = mt_vit.temperature_at(progress, *self.temperature)
         if self.anneal_entropy:
             weight = weights.get("entropy", mt_vit.DEFAULTS[mode]["entropy"])
             weights["entropy"] = mt_vit.entropy_weight_at(progress, weight)
         return weights
 
+    def lr_scale(self, parameter: str) -> float:
+        return 1.0 if parameter.startswith(_PREDICTOR) else self.encoder_lr
 
+
+_PREDICTOR = "method.predictor."
 _PLANS: dict[type, type[Plan]] = {EvoViT: EvoViTPlan, Life: LifePlan, MTViT: MTViTPlan}
 
 

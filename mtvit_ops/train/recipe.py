@@ -35,16 +35,20 @@ class DataOptions:
         cache: decode all images once into memory: ``"auto"`` (if they take a third of what is free, or less), true or
             false; see ``open_images``.
         workers: processes that prepare batches, >= 0; 0: the training process itself.
+        augment_on: ``"workers"``: timm, image by image; ``"device"``: workers only crop and mirror, kornia does the
+            rest batch by batch where the model is, for CPUs that would starve a GPU; see ``train.device_views``.
     """
 
     train_split: str = "train"
     val_split: str = "val"
     cache: bool | str = "auto"
     workers: int = 1
+    augment_on: str = "workers"
 
     def __post_init__(self) -> None:
         check_choice("cache", self.cache, ("auto", True, False))
         check_count("workers", self.workers, 0)
+        check_choice("augment_on", self.augment_on, ("workers", "device"))
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ class OptimiserOptions:
         betas: of Adam and its kin; None: timm's.
         weight_decay: of matrices; vectors, positions and the class token have none, >= 0.
         clip_grad: largest norm of the gradient, > 0; 0: as it is.
-        schedule: a schedule of timm's (``"cosine"`` ...), by step.
-        warmup_epochs, warmup_lr, min_lr: its start and end, >= 0.
+        schedule: a schedule of timm's (``"cosine"`` ...), or ``"linear"``; by step.
+        warmup_epochs, warmup_lr, min_lr: its start and end, >= 0; epochs may be a fraction.
         ema_decay: of the moving average of the weights, [0, 1); 0: none. With one, it is what is evaluated and saved.
     """
 
@@ -97,7 +101,7 @@ class OptimiserOptions:
     weight_decay: float = 0.05
     clip_grad: float = 0.0
     schedule: str = "cosine"
-    warmup_epochs: int = 0
+    warmup_epochs: float = 0.0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     ema_decay: float = 0.0
@@ -110,7 +114,7 @@ class OptimiserOptions:
             object.__setattr__(self, "betas", tuple(self.betas))  # the one way into a frozen dataclass
         for name in ("weight_decay", "clip_grad", "warmup_lr", "min_lr"):
             check_real(name, getattr(self, name), 0.0, 1e6)
-        check_count("warmup_epochs", self.warmup_epochs, 0, self.epochs)
+        check_real("warmup_epochs", self.warmup_epochs, 0.0, float(self.epochs))
         check_real("ema_decay", self.ema_decay, 0.0, 1.0)
         if self.ema_decay == 1:
             raise ValueError("ema_decay must be below 1, or the average never moves, got 1")

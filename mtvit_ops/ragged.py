@@ -72,6 +72,11 @@ class RaggedTokens(NamedTuple):
             return self.x
         return gather_rows(self.x, self.rows)
 
+    def with_packed(self, packed: Tensor) -> RaggedTokens:
+        """The same list, its tokens replaced by those of ``packed`` (T, D); no entry of the list may be dead."""
+        x = packed if self.rows is None else self.x.index_copy(0, self.rows.long(), packed)
+        return RaggedTokens(x, self.rows, self.cu_seqlens, self.max_seqlen, self.num_prefix_tokens)
+
     def select(self, selection: TokenSelection, max_seqlen: int | None = None) -> RaggedTokens:
         """The same tokens with a shorter list; ``max_seqlen`` tightens the bound where the host knows a tighter one."""
         bound = self.max_seqlen if max_seqlen is None else max_seqlen

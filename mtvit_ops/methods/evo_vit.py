@@ -68,6 +68,7 @@ class EvoViT(Method):
 
     config_class = EvoViTConfig
     cost_field = "keep_ratios"
+    reads_scores_only = True
     config: EvoViTConfig
 
     def attach(self, model: VisionTransformer) -> None:

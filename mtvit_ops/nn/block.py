@@ -27,6 +27,8 @@ class Block(nn.Module):
         eps: of both LayerNorms.
     """
 
+    takes_packed = True  # training may hand over a copy of the live rows
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)

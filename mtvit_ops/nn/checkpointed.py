@@ -25,6 +25,8 @@ class CheckpointedBlock(nn.Module):
         block: the block that it runs.
     """
 
+    takes_packed = True
+
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block

@@ -20,6 +20,8 @@ class MaskedBlock(nn.Module):
         block: the block whose weights it uses.
     """
 
+    takes_packed = False  # it is to see the dead rows
+
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block

@@ -21,6 +21,8 @@ class Method(nn.Module):
 
     config_class: ClassVar[type]
     cost_field: ClassVar[str | None] = None  # the configuration field that sets the cost
+    # whether after_attention looks at nothing but the scores and the list of rows, and changes no tokens
+    reads_scores_only: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()

@@ -135,7 +135,9 @@ class VisionTransformer(nn.Module):
         """
         method, inplace = self.method, not torch.is_grad_enabled()
         ragged = method.counts_are_dynamic
-        whole = inplace and type(method).after_attention is Method.after_attention  # nobody acts within a block
+        acts_within = type(method).after_attention is not Method.after_attention
+        whole = inplace and not acts_within
+        packs = not (inplace or ragged) and (not acts_within or method.reads_scores_only)
         tokens, state = method.embed(self, images)
         first_rows = tokens.cu_seqlens[:-1].long()
         for index, block in enumerate(cast("list[Block]", self.blocks)):
@@ -143,7 +145,10 @@ class VisionTransformer(nn.Module):
             if recorder is not None:
                 recorder.enter(tokens)
             scores = method.scores_at(index, recorder is not None)
-            if not (whole and scores is None and type(block) is Block and block.run_(tokens)):
+            if packs and tokens.rows is not None and block.takes_packed:
+                tokens, received = _run_packed(block, tokens, scores)
+                tokens, state = method.after_attention(index, tokens, state, received)
+            elif not (whole and scores is None and type(block) is Block and block.run_(tokens)):
                 attended = block.attend(tokens, scores=scores, inplace=inplace, ragged=ragged)
                 tokens, state = method.after_attention(index, attended.tokens, state, attended.scores)
                 # a method may have dropped tokens, or written some
@@ -179,6 +184,17 @@ class VisionTransformer(nn.Module):
         method.to(device=self.cls_token.device, dtype=self.cls_token.dtype)
         twin.method = method.train(self.training)
         return twin
+
+
+def _run_packed(
+    block: Block, tokens: RaggedTokens, scores: Literal["class", "mean"] | None
+) -> tuple[RaggedTokens, Tensor | None]:
+    """A block in training: on a copy of the live rows, so that nothing as long as the residual stream is kept for the
+    gradient, and two passes over it are all that dropped tokens cost."""
+    live = RaggedTokens(tokens.packed(), None, tokens.cu_seqlens, tokens.max_seqlen, tokens.num_prefix_tokens)
+    attended = block.attend(live, scores=scores)
+    live = block.feed_forward(attended.tokens, normed=attended.normed)
+    return tokens.with_packed(live.x), attended.scores
 
 
 def _check_unattached(method: Method, config: ViTConfig) -> None:

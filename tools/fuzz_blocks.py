@@ -38,8 +38,7 @@ class Stream(NamedTuple):
     rows: Tensor | None  # (T,)
     cu_seqlens: Tensor
     longest: int
-    heads: int  # those there are
-    given_heads: int  # those the operator is told
+    heads: int
 
 
 def draw_layer(draw: Draw, inputs: int, outputs: int) -> Layer:
@@ -63,7 +62,7 @@ def draw_stream(draw: Draw) -> Stream:
     rows = draw.maybe(lambda: draw.rows(draw.size(), num_rows))
     cu = draw.offsets(draw.size(4), num_rows if rows is None else len(rows))
     told = heads if not draw.spoilt() else draw.random.choice((0, -1, heads + 1, 2**62))
-    return Stream(opaque(draw, draw.tensor(num_rows, width)), rows, cu, draw.longest(cu), heads, told)
+    return Stream(opaque(draw, draw.tensor(num_rows, width)), rows, cu, draw.longest(cu), told)
 
 
 def draw_hidden(draw: Draw) -> int:
@@ -123,7 +122,7 @@ def case_attention_half(draw: Draw) -> tuple[Any, Any]:
     width = s.x.shape[-1]
     norm, qkv, proj = draw_norm(draw, width), draw_layer(draw, width, 3 * width), draw_layer(draw, width, width)
     before = dense(s.x)
-    first = s.rows, s.cu_seqlens, s.longest, *norm, EPS, *qkv[:2], s.given_heads, SCALE, scores, *proj[:2]
+    first = s.rows, s.cu_seqlens, s.longest, *norm, EPS, *qkv[:2], s.heads, SCALE, scores, *proj[:2]
     received = in_place(native.attention_half_, s.x, *first)
     return (s.x, received), lambda: attended(s, before, norm, qkv, proj, scores)
 
@@ -134,7 +133,7 @@ def case_block(draw: Draw) -> tuple[Any, Any]:
     norm1, qkv, proj = draw_norm(draw, width), draw_layer(draw, width, 3 * width), draw_layer(draw, width, width)
     norm2, fc1, fc2 = draw_norm(draw, width), draw_layer(draw, width, hidden), draw_layer(draw, hidden, width)
     before = dense(s.x)
-    first = s.rows, s.cu_seqlens, s.longest, *norm1, EPS, *qkv[:2], s.given_heads, SCALE, *proj[:2]
+    first = s.rows, s.cu_seqlens, s.longest, *norm1, EPS, *qkv[:2], s.heads, SCALE, *proj[:2]
     in_place(native.block_, s.x, *first, *norm2, EPS, *fc1[:2], *fc2[:2])
     return s.x, lambda: fed(s, attended(s, before, norm1, qkv, proj, 0)[0], norm2, fc1, fc2)
 

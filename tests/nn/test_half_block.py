@@ -239,7 +239,7 @@ def test_a_block_refuses_before_it_writes(change, words: str) -> None:
 
 @pytest.mark.parametrize("which", ["x", "weight of the norm"])
 def test_only_weights_of_linear_layers_may_be_packed(which: str) -> None:
-    """A packed tensor has no strides: reading it by rows would leave its memory."""
+    """A packed tensor has no strides to find its rows by."""
     block, x = make_block(), torch.randn(12, 24)
     norm = block.norm2.weight.detach()
     given = (x.to_mkldnn(), norm) if which == "x" else (x, norm.to_mkldnn())

@@ -147,8 +147,9 @@ class Life(Method):
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         device = x.device.type
-        # autocast would round the scores
-        with torch.autocast(device, enabled=False) if _has_autocast(device) else contextlib.nullcontext():
+        # autocast would round the scores; not every device has it, and PyTorch 2.11 cannot compile the question
+        known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
             normed = F.layer_norm(x.to(wide), x.shape[2:])  # eps 1e-5, without affine: the authors never train it
             direction = normed[:, 0] @ self.weight.to(wide).T  # (B, D); first W c, then x . (W c)
             scores = (normed[:, 1:] @ direction[:, :, None])[:, :, 0]  # (B, N)
@@ -194,9 +195,3 @@ class Life(Method):
             max_seqlen=tokens.max_seqlen,
         )
         return tokens.select(selection).trimmed()
-
-
-# PyTorch 2.11 cannot compile the question itself
-@torch.compiler.assume_constant_result
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)

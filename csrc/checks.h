@@ -42,6 +42,7 @@ inline std::string shape_of(const Tensor& t) {
 
 inline void check_dim(const char* name, const Tensor& t, int64_t dim, const char* shape) {
   MTVIT_CHECK(t.is_cpu(), name, " must be a CPU tensor");
+  MTVIT_CHECK(is_strided(t), name, " must be a strided tensor, not one packed for oneDNN");
   MTVIT_CHECK(t.dim() == dim, name, " must have shape ", shape, ", got ", shape_of(t));
 }
 

@@ -54,6 +54,13 @@ inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// Whether it has strides and memory of its own: tensors in oneDNN's layout have neither.
+inline bool is_strided(const Tensor& t) {
+  int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  return layout == aoti_torch_layout_strided();
+}
+
 // A contiguous copy of a CPU tensor of `N` dimensions.
 template <size_t N>
 Tensor copy_of(const Tensor& t) {

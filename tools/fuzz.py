@@ -26,6 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600, help="how long to draw cases (default %(default)s)")
     parser.add_argument("--seed", type=int, help="run this one case and print it")
+    parser.add_argument("--only", metavar="OPERATOR", help="draw cases of this native operator alone")
     parser.add_argument("--plain", action="store_true", help="use the installed extension, without sanitizers")
     parser.add_argument("--pytest", nargs=argparse.REMAINDER, help="run pytest with these arguments instead")
     options = parser.parse_args()
@@ -40,13 +41,16 @@ def main() -> int:
         code = subprocess.run([sys.executable, "-P", *sys.argv], env=environment, check=False).returncode
         if code != 0 and options.seed is None and LAST.is_file():
             # a sanitizer or a crash ends the process at once: the file names the case
-            print(f"finding: repeat it with --seed {LAST.read_text()}", file=sys.stderr)
+            only = f" --only {options.only}" if options.only else ""
+            print(f"finding: repeat it with --seed {LAST.read_text()}{only}", file=sys.stderr)
         return 1 if code else 0
     sys.path.insert(0, str(Path(__file__).parent))
     import fuzz_cases
 
+    if options.only not in (None, *fuzz_cases.CASES):
+        parser.error(f"--only must be one of {', '.join(fuzz_cases.CASES)}, got {options.only}")
     if options.seed is not None:
-        print(fuzz_cases.run(options.seed, say=print))
+        print(fuzz_cases.run(options.seed, options.only, say=print))
         return 0
     first = int.from_bytes(os.urandom(4), "big") << 24
     LAST.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +61,7 @@ def main() -> int:
             last.seek(0)
             last.write(str(first + number))
             last.flush()
-            outcome = fuzz_cases.run(first + number)
+            outcome = fuzz_cases.run(first + number, options.only)
             counts[outcome] = counts.get(outcome, 0) + 1
             number += 1
     print(f"{number} cases, nothing found: {json.dumps(dict(sorted(counts.items())))}")

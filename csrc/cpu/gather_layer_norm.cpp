@@ -16,17 +16,19 @@ namespace {
 
 // A parameter as contiguous float32: the tensor's own memory, or `copy`. No PyTorch call, which would cost a small
 // layer norm as much as its rows.
-const float* parameter(const char* name, const Tensor& given, const Tensor& x, std::vector<float>& copy,
-                       std::optional<Tensor>& packed) {
-  check_length(name, given, x.size(1));
-  MTVIT_CHECK(given.scalar_type() == x.scalar_type() || given.scalar_type() == ScalarType::Float, name,
-              " must be float32 or have x's dtype");
+const float* parameter(const char* name, const Tensor& given, std::vector<float>& copy, std::optional<Tensor>& packed) {
   if (!given.is_contiguous()) packed = as_contiguous(given);
   const Tensor& t = packed ? *packed : given;
   if (t.scalar_type() == ScalarType::Float) return data<float>(t);
   copy.resize(static_cast<size_t>(t.size(0)));
   kernels().to_float32(check_dtype(name, t), t.data_ptr(), copy.data(), t.size(0));
   return copy.data();
+}
+
+void check_parameter(const char* name, const Tensor& given, const Tensor& x) {
+  check_length(name, given, x.size(1));
+  MTVIT_CHECK(given.scalar_type() == x.scalar_type() || given.scalar_type() == ScalarType::Float, name,
+              " must be float32 or have x's dtype");
 }
 
 // `mean` and `rstd` are made where they are wanted.
@@ -37,10 +39,11 @@ Tensor normalise(const Tensor& tokens, const std::optional<Tensor>& rows, const 
   const Tensor x = tokens.size(1) <= 1 || tokens.stride(1) == 1 ? tokens : as_contiguous(tokens);
   const Dtype dtype = check_dtype("x", x);
   const int64_t d = x.size(1);
+  check_layer_norm(x, weight, bias);
   std::vector<float> weight_copy, bias_copy;
   std::optional<Tensor> weight_packed, bias_packed;
-  const float* weights = parameter("weight", weight, x, weight_copy, weight_packed);
-  const float* biases = parameter("bias", bias, x, bias_copy, bias_packed);
+  const float* weights = parameter("weight", weight, weight_copy, weight_packed);
+  const float* biases = parameter("bias", bias, bias_copy, bias_packed);
   Tensor list;
   if (rows) {
     list = int32_vector("rows", *rows);
@@ -74,6 +77,11 @@ std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& tokens, std::
 }
 
 }  // namespace
+
+void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  check_parameter("weight", weight, x);
+  check_parameter("bias", bias, x);
+}
 
 Tensor layer_norm_rows(const Tensor& tokens, const std::optional<Tensor>& rows, const Tensor& weight,
                        const Tensor& bias, double eps) {

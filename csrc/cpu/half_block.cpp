@@ -37,12 +37,28 @@ void feed_forward_half_(Tensor x, std::optional<Tensor> rows, const Tensor& norm
   scatter_residual_(x, rows, onednn_linear(hidden, fc2_weight, fc2_bias), std::nullopt);
 }
 
+// Whatever feed_forward_half_ would refuse that attention_half_ does not look at.
+void check_feed_forward(const Tensor& x, const std::optional<Tensor>& rows, const Tensor& norm_weight,
+                        const Tensor& norm_bias, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias,
+                        const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias) {
+  check_dim("x", x, 2, "(R, D)");
+  if (rows) check_dim("rows", *rows, 1, "(T,)");
+  const int64_t tokens = rows ? rows->size(0) : x.size(0), d = x.size(1);
+  check_layer_norm(x, norm_weight, norm_bias);
+  check_linear(tokens, d, x.scalar_type(), fc1_weight, fc1_bias);
+  check_linear(tokens, fc1_weight.size(0), x.scalar_type(), fc2_weight, fc2_bias);
+  MTVIT_CHECK(fc2_weight.size(0) == d, "the last weight must have shape (", d, ", ", fc1_weight.size(0), "), got ",
+              shape_of(fc2_weight));
+}
+
+// Refuses before it writes.
 void block_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
             const Tensor& norm1_weight, const Tensor& norm1_bias, double norm1_eps, const Tensor& qkv_weight,
             std::optional<Tensor> qkv_bias, int64_t heads, double scale, const Tensor& proj_weight,
             std::optional<Tensor> proj_bias, const Tensor& norm2_weight, const Tensor& norm2_bias, double norm2_eps,
             const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
             std::optional<Tensor> fc2_bias) {
+  check_feed_forward(x, rows, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
   attention_half_(x, rows, cu_seqlens, max_seqlen, norm1_weight, norm1_bias, norm1_eps, qkv_weight, qkv_bias, heads,
                   scale, 0, proj_weight, proj_bias);
   feed_forward_half_(x, rows, norm2_weight, norm2_bias, norm2_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias);

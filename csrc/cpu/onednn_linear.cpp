@@ -44,20 +44,26 @@ const std::string& onednn_linear_missing() {
   return find().missing;
 }
 
+void check_linear(int64_t tokens, int64_t features, ScalarType dtype, const Tensor& weight,
+                  const std::optional<Tensor>& bias) {
+  MTVIT_CHECK(weight.dim() == 2 && weight.size(1) == features, "weight must have shape (out_features, ", features,
+              "), got ", shape_of(weight));
+  MTVIT_CHECK(weight.scalar_type() == dtype, "weight must have x's dtype");
+  if (bias) {
+    check_length("bias", *bias, weight.size(0));
+    MTVIT_CHECK(bias->scalar_type() == dtype, "bias must have x's dtype");
+  }
+  MTVIT_CHECK(features > 0 || tokens == 0 || weight.size(0) == 0, "x must have at least one feature, got (", tokens,
+              ", ", features, ")");
+}
+
 Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu) {
   const Found& found = find();
   MTVIT_CHECK(found.function != nullptr, found.missing);
   check_dim("x", x, 2, "(T, in_features)");
-  MTVIT_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1), "weight must have shape (out_features, ", x.size(1),
-              "), got ", shape_of(weight));
-  MTVIT_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have x's dtype");
-  if (bias) {
-    check_length("bias", *bias, weight.size(0));
-    MTVIT_CHECK(bias->scalar_type() == x.scalar_type(), "bias must have x's dtype");
-  }
+  check_linear(x.size(0), x.size(1), x.scalar_type(), weight, bias);
   // PyTorch's kernel asks for at least one of everything
   if (x.size(0) == 0 || weight.size(0) == 0) return empty_as(x, std::array{x.size(0), weight.size(0)});
-  MTVIT_CHECK(x.size(1) > 0, "x must have at least one feature, got ", shape_of(x));
   Handle bias_handle = bias ? bias->get() : nullptr;
   const char* algorithm = gelu ? "none" : "";  // "none" is GELU by erf, not by tanh
   Handle out = nullptr;

@@ -13,6 +13,9 @@ namespace mtvit_ops {
 Tensor layer_norm_rows(const Tensor& tokens, const std::optional<Tensor>& rows, const Tensor& weight,
                        const Tensor& bias, double eps);
 
+// What it asks of weight and bias, for those who must know before they write.
+void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias);
+
 void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, std::optional<Tensor> scale);
 
 // out (T, H, d), lse (T, H), scores (T, H) or (0, H)
@@ -24,6 +27,10 @@ Attended packed_attention(const Tensor& qkv, int64_t heads, const Tensor& cu_seq
 
 // x @ weight^T + bias, then erf-GELU on request, by PyTorch's oneDNN kernel; weight plain or packed.
 Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu = false);
+
+// What it asks of weight and bias, for `tokens` rows of `features` numbers of a dtype.
+void check_linear(int64_t tokens, int64_t features, ScalarType dtype, const Tensor& weight,
+                  const std::optional<Tensor>& bias);
 
 // Why this PyTorch has no such kernel; empty: it has.
 const std::string& onednn_linear_missing();

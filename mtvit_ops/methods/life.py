@@ -147,8 +147,8 @@ class Life(Method):
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         device = x.device.type
-        # autocast would round the scores; not every device has it
-        known = torch.amp.is_autocast_available(device)
+        # autocast would round the scores; not every device has it, and PyTorch 2.11 cannot compile the question
+        known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
             normed = F.layer_norm(x.to(wide), x.shape[2:])  # eps 1e-5, without affine: the authors never train it
             direction = normed[:, 0] @ self.weight.to(wide).T  # (B, D); first W c, then x . (W c)

@@ -213,3 +213,38 @@ def test_bad_offsets_are_refused_in_words() -> None:
     with pytest.raises(ValueError, match="attention_half_: cu_seqlens_q must end at 5 or before, got 12"):
         half_block.attention_half_(make_block(), tokens, 0)
     assert_equal("x after the refusal", tokens.x, before)
+
+
+# name: a layer of the MLP half that does not fit, and the words
+MISFITS = {
+    "norm2": (lambda block: setattr(block, "norm2", nn.LayerNorm(20)), r"weight must have shape \(24,\), got \(20,\)"),
+    "fc1": (lambda block: setattr(block.mlp, "fc1", nn.Linear(20, 96)), r"\(out_features, 24\), got \(96, 20\)"),
+    "fc2": (lambda block: setattr(block.mlp, "fc2", nn.Linear(95, 24)), r"\(out_features, 96\), got \(24, 95\)"),
+    "fc2-width": (lambda block: setattr(block.mlp, "fc2", nn.Linear(96, 20)), r"shape \(24, 96\), got \(20, 96\)"),
+    "bias": (
+        lambda block: setattr(block.mlp.fc2, "bias", nn.Parameter(torch.zeros(20))),
+        r"bias must have shape \(24,\), got \(20,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), MISFITS.values(), ids=MISFITS)
+def test_a_block_refuses_before_it_writes(change, words: str) -> None:
+    tokens, block = make_tokens(), changed(change)
+    before = tokens.x.clone()
+    with pytest.raises(RuntimeError, match=words):
+        block.run_(tokens)
+    assert_equal("x after the refusal", tokens.x, before)
+
+
+@pytest.mark.parametrize("which", ["x", "weight of the norm"])
+def test_only_weights_of_linear_layers_may_be_packed(which: str) -> None:
+    """A packed tensor has no strides to find its rows by."""
+    block, x = make_block(), torch.randn(12, 24)
+    norm = block.norm2.weight.detach()
+    given = (x.to_mkldnn(), norm) if which == "x" else (x, norm.to_mkldnn())
+    with pytest.raises(RuntimeError, match="must be a strided tensor"):
+        torch.ops.mtvit_ops_cpp.feed_forward_half_(
+            *(given[0], None, given[1], block.norm2.bias, 1e-6),
+            *(block.mlp.fc1.weight, block.mlp.fc1.bias, block.mlp.fc2.weight, block.mlp.fc2.bias),
+        )

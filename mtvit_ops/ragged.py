@@ -74,7 +74,8 @@ class RaggedTokens(NamedTuple):
 
     def with_packed(self, packed: Tensor) -> RaggedTokens:
         """The same list, its tokens replaced by those of ``packed`` (T, D); no entry of the list may be dead."""
-        x = packed if self.rows is None else self.x.index_copy(0, self.rows.long(), packed)
+        # index_put, not index_copy: that one keeps its source for the gradient
+        x = packed if self.rows is None else self.x.index_put((self.rows.long(),), packed)
         return RaggedTokens(x, self.rows, self.cu_seqlens, self.max_seqlen, self.num_prefix_tokens)
 
     def select(self, selection: TokenSelection, max_seqlen: int | None = None) -> RaggedTokens:

@@ -1,0 +1,124 @@
+"""The accuracy results of all seeds as one table (Markdown) and one chart: accuracy against measured milliseconds.
+
+    python bench/accuracy_report.py
+
+Reads ``bench/results/accuracy/seed*.json``, writes ``table.md`` beside them and ``docs/accuracy.png``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from mtvit_ops.files import write_atomically
+from mtvit_ops.lineup import BASELINE, TITLES
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results" / "accuracy"
+COLOURS = {"vit": "#444444", "avit": "#0072b2", "evovit": "#d55e00", "lifevit": "#009e73", "mtvit": "#cc79a7"}
+
+
+def main() -> None:
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("seed*.json"))]
+    if not runs:
+        raise SystemExit(f"no seed*.json in {RESULTS}")
+    text = table(runs)
+    write_atomically(RESULTS / "table.md", lambda file: file.write(text.encode()))
+    draw(runs, ROOT / "docs" / "accuracy.png")
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """One row a model; with several seeds the mean, and the least and the most in brackets."""
+    first = runs[0]
+    environment, options = first["environment"], first["options"]
+    images = first["accuracy"][BASELINE]["images"]
+    seeds = ", ".join(str(run["accuracy"][BASELINE]["seed"]) for run in runs)
+    lines = [
+        f"{images} validation photographs of Imagenette, 112 px, 196 patches; {environment['cpu']},"
+        f" {environment['threads']} threads, {options['dtype']}, batch {options['batch']}, {options['rounds']} interleaved"
+        f" rounds on {first['photos']['timed_images']} of the photographs, torch {environment['torch']}; training seed"
+        f" {seeds}.",
+        "",
+        "| model | top-1, % | to dense | at random, % | MAC ratio | ms per image | speed-up | realised fraction |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    names = [row["name"] for row in first["models"]]
+    for name in names:
+        rows = [next(row for row in run["models"] if row["name"] == name) for run in runs]
+        dense = [next(row for row in run["models"] if row["name"] == BASELINE)["top1"] for run in runs]
+        top1 = [100 * row["top1"] for row in rows]
+        gaps = [100 * (row["top1"] - whole) for row, whole in zip(rows, dense)]
+        drawn = [100 * run["accuracy"][name]["random_top1"] for run in runs if name != BASELINE]
+        cells = (
+            TITLES[name],
+            _spread(top1, ".2f"),
+            "" if name == BASELINE else _spread(gaps, "+.2f"),
+            "" if name == BASELINE else _spread(drawn, ".2f"),
+            _spread([row["mac_ratio"] for row in rows], ".3f"),
+            _spread([row["ms_per_image"]["median"] for row in rows], ".2f"),
+            _spread([row["speed_up"] for row in rows], ".2f"),
+            _spread([row["realised_fraction"] for row in rows], ".2f"),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    more = [run["accuracy"]["vit_trained_on"]["top1"] for run in runs if "vit_trained_on" in run["accuracy"]]
+    if more:
+        lines += [
+            "",
+            f"The methods start from the dense ViT and learn on; the dense ViT, trained on as long as they are, reaches"
+            f" {_spread([100 * each for each in more], '.2f')} %.",
+        ]
+    lines += [
+        "",
+        "*At random*: the same model, as many tokens of every image in every block, or the same tails over all images, but"
+        " dealt at random (mean of three draws).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], form: str) -> str:
+    text = format(mean(values), form)
+    return text if len(values) == 1 else f"{text} ({min(values):{form}} to {max(values):{form}})"
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy over time, a filled point a seed, and hollow the same with random choices."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, run in enumerate(runs):
+        for row in run["models"]:
+            name, time = row["name"], row["ms_per_image"]
+            tint = COLOURS[name]
+            label = TITLES[name] if number == 0 else None
+            top1 = 100 * row["top1"]
+            axes.plot([time["low"], time["high"]], [top1, top1], color=tint, linewidth=2, solid_capstyle="butt")
+            axes.plot([time["median"]], [top1], "o", color=tint, markersize=10, label=label)
+            if name == BASELINE:
+                axes.axhline(top1, color="#bbbbbb", linewidth=1, zorder=0)
+                continue
+            drawn = 100 * run["accuracy"][name]["random_top1"]
+            axes.plot([time["median"]] * 2, [drawn, top1], ":", color=tint, linewidth=1)
+            axes.plot([time["median"]], [drawn], "o", mec=tint, mfc="white", markersize=8)
+    axes.plot([], [], "o", mec="#444444", mfc="white", markersize=8, label="as many tokens or tails, at random")
+    axes.set_xlim(left=0)
+    axes.grid(color="#e6e6e6")
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=11)
+    options, environment = runs[0]["options"], runs[0]["environment"]
+    threads = f"{environment['threads']} threads, {options['dtype']}, batch {options['batch']}; bars: quartiles"
+    axes.set_xlabel(f"ms per image ({threads})", fontsize=12)
+    axes.set_ylabel("top-1 on Imagenette's validation photographs, %", fontsize=12)
+    axes.set_title("Trained ViTs of 1.4 million parameters: accuracy against measured time", fontsize=12)
+    axes.legend(fontsize=11, loc="lower left", frameon=False)
+    figure.tight_layout()
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from .._checks import check_choice, check_count, check_real
 from ..nn import VisionTransformer
 from ..nn.checkpointed import CHECKPOINT_OPTIONS, CheckpointedBlock
 from ..nn.masked import MaskedBlock
+from ._process_mean import process_mean
 from ._task import task_loss
 
 # added to the logits of halted keys: their weight then rounds to 0, but an image that has halted as a whole still has
@@ -32,7 +33,8 @@ class AViTLoss:
         distribution: weight of the divergence of the halting scores' spread over depth from the prior, in [0, 1e9].
             With 0 the term is left out, and halted tokens are really removed, which costs less.
         statistic: which scores make up that spread. ``"intended"``: the patch tokens' of all images. ``"official"``:
-            what the authors' code averages, all tokens' of all images but the first; it needs two images.
+            what the authors' code averages, all tokens' of all images but each process's first; it needs two images a
+            process.
         target_depth: layers after which the prior's scores sum to 0.98, its peak, >= 1; None: two thirds of the depth.
         label_smoothing: of the task, in [0, 1].
     """
@@ -64,13 +66,15 @@ def loss(
     model: VisionTransformer, images: Tensor, target: Tensor, weights: AViTLoss
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Task, ponder and distributional prior; the terms are ``task``, ``ponder`` and, where it has a weight,
-    ``distribution``. Arguments and promises as of ``compute_loss``.
+    ``distribution``, which is of the mean scores over the batch of all processes. Arguments and promises as of
+    ``compute_loss``.
 
     Raises:
         ValueError: a model that stops with its class token, which would leave other tokens' ponder unknown; a target
             depth beyond the model's; the official statistic of a single image.
 
-    Source: A-ViT, arXiv 2112.07658; the statistic ``"official"`` is that of the authors' code.
+    Source: A-ViT, arXiv 2112.07658; the statistic ``"official"`` is that of the authors' code, where however each of
+    several processes takes the divergence of its own images.
     """
     if model.method.config.stop_with_class:
         raise ValueError("stop_with_class must be False in training, since ponder counts every token, got True")
@@ -140,8 +144,8 @@ def masked_pass(model: VisionTransformer, images: Tensor) -> MaskedPass:
 
 
 def spread_over_depth(scores: Tensor, statistic: str) -> Tensor:
-    """The mean score of each layer, (L, B, K) to (L,); see ``AViTLoss.statistic``."""
-    return (scores[:, :, 1:] if statistic == "intended" else scores[:, 1:]).mean(dim=(1, 2))
+    """The mean score of each layer over the batch of all processes, (L, B, K) to (L,); see ``AViTLoss.statistic``."""
+    return process_mean((scores[:, :, 1:] if statistic == "intended" else scores[:, 1:]).mean(dim=(1, 2)))
 
 
 def divergence(spread: Tensor, target_depth: int) -> Tensor:

@@ -39,6 +39,10 @@ def compute_loss(
 
     Gradients flow to the model's parameters. Runs under ``torch.autocast``; terms are float32 (float64 for float64).
     Works with gradients disabled, too: then it is a score.
+
+    Where ``torch.distributed`` is initialised, every process must call, with as many images. Terms that are no means
+    over images (A-ViT's prior, MT-ViT's cost and balance) are of the batch of all processes then, with gradients that
+    ``DistributedDataParallel`` averages into those of the whole batch.
     """
     if not isinstance(model, VisionTransformer):
         raise TypeError(f"model must be a VisionTransformer, got {type(model).__name__}")

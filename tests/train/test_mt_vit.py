@@ -1,4 +1,4 @@
-"""MT-ViT's training: 1.4 of its specification, and the invariants of 1.8 that concern it."""
+"""MT-ViT's training: 1.4 of its specification, and the invariants of 1.8 that concern it, but for 12 (test_toy)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from model_cases import TINY, OpCounter, assert_rounding, build, in_float64, mak
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtvit_ops import create_model
 from mtvit_ops.nn import VisionTransformer, checkpointed_twin
 from mtvit_ops.testing import assert_close_to_float64, assert_equal
 from mtvit_ops.train.mt_vit import (
@@ -313,49 +312,6 @@ def test_autocast_is_as_good_as_dense_passes(backend: str, device: str) -> None:
     assert_close_to_float64("loss", step.total.bfloat16(), truth, plain)
     for name, grad in true_grads.items():
         assert_close_to_float64(name, step.grads[name].bfloat16(), grad, plain_grads[name])
-
-
-def test_the_predictor_learns_to_route() -> None:
-    # 12: two classes that one patch shows, and two that show in small patches only; six other seeds do it, too
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 4}
-    model = create_model("mtvit_tiny_patch16_224", **sizes, grids=(1, 4), predictor_size=16)
-    costs = model.method.relative_costs
-    weights = MTViTLoss(cost_target=sum(costs) / 2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(160):
-        images, target, _ = toy_batch(64)
-        optimizer.zero_grad()
-        loss(model.train(), images, target, weights)[0].backward()
-        optimizer.step()
-    images, target, fine = toy_batch(1000)
-    with torch.inference_mode():
-        logits, trace = model.eval()(images, return_trace=True)
-        every = all_logits(model, images)
-    tail = trace.extras["tail"]
-    assert (tail == fine.long()).float().mean() > 0.95
-    cost = sum(costs[each] for each in tail.tolist()) / len(tail)
-    assert cost == pytest.approx(weights.cost_target, abs=0.02)
-    # what the dearest tail gives, and the cheapest cannot
-    cheap, dear, adaptive_one = ((each.argmax(dim=1) == target).float().mean() for each in (*every, logits))
-    assert cheap < 0.85 < adaptive_one
-    assert adaptive_one > dear - 0.02
-
-
-def toy_batch(batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (batch, 3, 16, 16), classes, and whether it takes small patches to tell the class."""
-    target = torch.arange(batch) % 4
-    fine = target >= 2
-    images = 0.1 * torch.randn(batch, 3, 16, 16)
-    images[:, 0] += (2.0 * (target % 2) - 1.0)[:, None, None] * ~fine[:, None, None]
-    images[:, 2] += 1.0 * fine[:, None, None]
-    # stripes along or across, of either sign, somewhere in noise that drowns them in the image but not in their patch
-    images[:, 1] *= 20
-    ramp = torch.tensor([1.0, -1.0, 1.0, -1.0]).expand(4, 4)
-    for image in fine.nonzero()[:, 0].tolist():
-        row, column = (4 * torch.randint(4, (2,))).tolist()
-        stripes = ramp if target[image] == 2 else ramp.T
-        images[image, 1, row : row + 4, column : column + 4] += 3 * stripes * (2 * int(torch.randint(2, ())) - 1)
-    return images, target, fine
 
 
 def test_bad_calls() -> None:

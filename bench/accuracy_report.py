@@ -37,8 +37,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     seeds = ", ".join(str(run["accuracy"][BASELINE]["seed"]) for run in runs)
     lines = [
         f"{images} validation photographs of Imagenette, 112 px, 196 patches; {environment['cpu']},"
-        f" {environment['threads']} threads, {options['dtype']}, batch {options['batch']}, {options['rounds']} interleaved"
-        f" rounds on {first['photos']['timed_images']} of the photographs, torch {environment['torch']}; training seed"
+        f" {environment['threads']} threads, {options['dtype']}, batch {options['batch']}, {options['rounds']}"
+        f" interleaved rounds on {first['photos']['timed_images']} of the photographs, torch {environment['torch']}; training seed"
         f" {seeds}.",
         "",
         "| model | top-1, % | to dense | at random, % | MAC ratio | ms per image | speed-up | realised fraction |",
@@ -71,8 +71,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         ]
     lines += [
         "",
-        "*At random*: the same model, as many tokens of every image in every block, or the same tails over all images, but"
-        " dealt at random (mean of three draws).",
+        "*At random*: the same model, as many tokens of every image in every block, or the same tails over all images,"
+        " but dealt at random (mean of three draws).",
         "",
     ]
     return "\n".join(lines)

@@ -38,8 +38,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines = [
         f"{images} validation photographs of Imagenette, 112 px, 196 patches; {environment['cpu']},"
         f" {environment['threads']} threads, {options['dtype']}, batch {options['batch']}, {options['rounds']}"
-        f" interleaved rounds on {first['photos']['timed_images']} of the photographs, torch {environment['torch']}; training seed"
-        f" {seeds}.",
+        f" interleaved rounds on {first['photos']['timed_images']} of the photographs, torch {environment['torch']};"
+        f" training seed {seeds}.",
         "",
         "| model | top-1, % | to dense | at random, % | MAC ratio | ms per image | speed-up | realised fraction |",
         "|---|---|---|---|---|---|---|---|",

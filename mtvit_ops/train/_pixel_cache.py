@@ -63,9 +63,13 @@ class PixelCache:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that can be had now without swapping, within the container's limit; None: nobody knows."""
+    """Bytes of memory that this process can have now without swapping, within the container's limit.
+
+    Under ``torchrun`` each process of the machine counts on its share. None: nobody knows.
+    """
     known = [found for found in (_of_machine(), _of_container(Path("/sys/fs/cgroup"))) if found is not None]
-    return min(known, default=None)
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return min(known) // max(1, int(processes) if processes.isdecimal() else 1) if known else None
 
 
 def _of_machine() -> int | None:

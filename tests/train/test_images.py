@@ -316,3 +316,12 @@ def test_imagenette() -> None:
     assert targets.tolist() == [val.targets[index] for index in indices]
     assert sorted(set(targets.tolist())) == list(range(10))
     assert val.problems == []
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pixel_cache, "_of_machine", lambda: 800)
+    monkeypatch.setattr(_pixel_cache, "_of_container", lambda folder: None)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert _pixel_cache.available_memory() == 800
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert _pixel_cache.available_memory() == 100

@@ -1,4 +1,4 @@
-"""What two of the methods promise, learnt from scratch on sets of two classes: few enough numbers for a CPU's minute."""
+"""What two of the methods promise, learnt from scratch on sets of two classes: little enough for a CPU's minute."""
 
 from __future__ import annotations
 

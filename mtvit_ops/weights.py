@@ -52,7 +52,8 @@ def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo, *, dt
         name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
         for name, value in weights.items()
     }
-    content = safetensors.torch.save(tensors, metadata={"format": "pt", _ENTRY: json.dumps(info._asdict())})
+    # one entry and no more: several would stand in another order in every file
+    content = safetensors.torch.save(tensors, metadata={_ENTRY: json.dumps(info._asdict())})
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -77,6 +78,8 @@ def read_info(path: str | Path) -> ModelInfo | None:
     try:
         content = json.loads(text)
         info = ModelInfo(**{**content, "classes": tuple(content["classes"])})
+        if not isinstance(info.model, dict) or not isinstance(info.model.get("name"), str):
+            raise ValueError(f"model must be a name and overrides, got {info.model!r}")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} says nothing readable of its model: {error}") from error
     return info
@@ -97,7 +100,8 @@ def load_model(path: str | Path, **overrides: Any) -> LoadedModel:
         raise ValueError(f"{path} does not say which model it is for: use create_model(name, checkpoint=...)")
     options = {**info.model, **overrides}
     model = create_model(options.pop("name"), **options)
-    load_checkpoint(model, path)
+    # not by the file: what its name seems to say of gates must not win over what the file says
+    load_checkpoint(model, _safetensors().torch.load_file(path))
     return LoadedModel(model.eval(), info)
 
 

@@ -13,6 +13,7 @@ from .._checks import check_choice, check_count, check_real
 from ..nn import VisionTransformer
 from ..nn.checkpointed import CHECKPOINT_OPTIONS, CheckpointedBlock
 from ..nn.masked import MaskedBlock
+from ._across import mean_over_processes
 from ._task import task_loss
 
 # added to the logits of halted keys: their weight then rounds to 0, but an image that has halted as a whole still has
@@ -32,7 +33,7 @@ class AViTLoss:
         distribution: weight of the divergence of the halting scores' spread over depth from the prior, in [0, 1e9].
             With 0 the term is left out, and halted tokens are really removed, which costs less.
         statistic: which scores make up that spread. ``"intended"``: the patch tokens' of all images. ``"official"``:
-            what the authors' code averages, all tokens' of all images but the first; it needs two images.
+            what the authors' code averages, all tokens' of all images but the first (of each process); it needs two.
         target_depth: layers after which the prior's scores sum to 0.98, its peak, >= 1; None: two thirds of the depth.
         label_smoothing: of the task, in [0, 1].
     """
@@ -87,10 +88,11 @@ def loss(
         return parts["task"] + weights.ponder * parts["ponder"], parts
     passed = masked_pass(model, images)
     target_depth = max(1, round(depth * 2 / 3)) if weights.target_depth is None else weights.target_depth
+    spread = spread_over_depth(passed.scores, weights.statistic)
     parts = {
         "task": task_loss(passed.logits, target, weights.label_smoothing),
         "ponder": passed.ponder.mean(),
-        "distribution": divergence(spread_over_depth(passed.scores, weights.statistic), target_depth),
+        "distribution": divergence(mean_over_processes(spread), target_depth),
     }
     total = parts["task"] + weights.ponder * parts["ponder"] + weights.distribution * parts["distribution"]
     return total, parts

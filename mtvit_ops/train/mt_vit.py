@@ -19,6 +19,7 @@ from ..methods import MTViT
 from ..methods.mt_vit import choose_tail
 from ..nn import VisionTransformer
 from ..ragged import RaggedTokens
+from ._across import mean_over_processes
 from ._encoder import classify, run_blocks
 from ._task import task_loss
 
@@ -99,7 +100,7 @@ def loss(
     - ``task``: ``CE(sum_k y_k o_k)``; in mode ``"tails"`` ``sum_k CE(o_k)``.
     - ``tails``: ``sum_k CE(o_k)``, beside a choice.
     - ``distillation``: ``sum_k KL(o_K || o_k)`` over the cheaper tails, the dearest held constant.
-    - ``flops``: ``(mean relative cost - cost_target)^2``, the mean over the batch of this process, not an image's own.
+    - ``flops``: ``(mean relative cost - cost_target)^2``, the mean over the batch, not an image's own.
     - ``entropy``: minus the entropy of the tails' mean probabilities over that batch.
 
     Args:
@@ -199,14 +200,14 @@ def distillation_term(logits: Tensor) -> Tensor:
 
 def flops_term(weights: Tensor, relative_costs: tuple[float, ...], target: float, one_sided: bool = False) -> Tensor:
     """Squared distance of the batch's mean cost from its target, from one-hot choices (B, K)."""
-    shares = weights.mean(dim=0).unbind()
+    shares = mean_over_processes(weights.mean(dim=0)).unbind()
     excess = torch.stack([cost * share for cost, share in zip(relative_costs, shares)]).sum() - target
     return (excess.clamp_min(0.0) if one_sided else excess).square()
 
 
 def entropy_term(scores: Tensor) -> Tensor:
     """Minus the entropy of the tails' mean probabilities, from scores (B, K): -log K where all are as likely."""
-    return -torch.special.entr(scores.softmax(dim=1).mean(dim=0)).sum()
+    return -torch.special.entr(mean_over_processes(scores.softmax(dim=1).mean(dim=0))).sum()
 
 
 def entropy_weight_at(progress: float, weight: float = 0.01) -> float:

@@ -28,6 +28,8 @@ class TrainState(NamedTuple):
     average: dict[str, Tensor] | None  # the moving average of the weights
     sums: dict[str, float]  # terms summed since the last line of the log
     classes: list[str]
+    images: str  # which training images, in words that differ where they differ
+    method: dict[str, Any]  # the method's configuration, which a file of weights may have set
     seconds: float  # of training and evaluation so far
 
 

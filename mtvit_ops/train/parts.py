@@ -57,8 +57,9 @@ class Schedule:
             step_on_epochs=False,
             updates_per_epoch=steps,
         )
-        if self._scheduler is None:
-            raise RecipeError(f"schedule must be one of timm's, got {options.schedule!r}")
+        # "plateau" waits for a score
+        if self._scheduler is None or type(self._scheduler).__name__ == "PlateauLRScheduler":
+            raise RecipeError(f"schedule must be one of timm's by step, got {options.schedule!r}")
 
     def set(self, step: int) -> None:
         """Make the learning rates those of a step, counted from 0."""

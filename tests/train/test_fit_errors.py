@@ -74,7 +74,7 @@ def test_a_loss_that_is_no_number(terms: bool, data: Path, begun: Path, monkeypa
     spoil_loss(monkeypatch, 3, terms=terms)  # step 5: step 4 was saved, and step 6 would be
     names = "loss, task" if terms else "loss"
     with pytest.raises(TrainError, match=f"no finite number in step 5: {names};.*state.pt is from before"):
-        resume(data, begun, **{})
+        resume(data, begun)
     state = load_state(begun / "state.pt")
     assert state.step == 4
     assert all(value.isfinite().all() for value in state.model.values())
@@ -85,7 +85,7 @@ def test_the_very_step_is_named_though_lines_are_rare(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_loss(monkeypatch, 3)
-    with pytest.raises(TrainError, match="no finite number in step 3: loss, task;.*nothing had been saved"):
+    with pytest.raises(TrainError, match=r"no finite number in step 3: loss, task;.*nothing had been saved"):
         train(make_recipe({"run.log_steps": 5, "run.save_steps": 0}), data, tmp_path, device="cpu")
     assert not (tmp_path / "state.pt").exists()
 
@@ -180,11 +180,11 @@ def test_folders_that_cannot_be(data: Path, tmp_path: Path, monkeypatch: pytest.
     file.write_text("mine")
     with pytest.raises(ValueError, match="out must be a folder or a place for one, got the file"):
         train(make_recipe(), data, file, device="cpu")
-    with pytest.raises(TrainError, match="cannot write to .*file/run: "):
+    with pytest.raises(TrainError, match=r"cannot write to .*file/run: "):
         train(make_recipe(), data, file / "run", device="cpu")
     if os.geteuid():  # the superuser may write anywhere
         (tmp_path / "closed").mkdir(mode=0o500)
-        with pytest.raises(TrainError, match="cannot write to .*closed: Permission denied"):
+        with pytest.raises(TrainError, match=r"cannot write to .*closed: Permission denied"):
             train(make_recipe(), data, tmp_path / "closed", device="cpu")
     assert file.read_text() == "mine"
 
@@ -193,7 +193,7 @@ def test_what_does_not_belong_to_the_run_is_refused(data: Path, begun: Path, tmp
     with kept(begun):
         with pytest.raises(ValueError, match=r"without a training, or resume be asked for: .* has state.pt"):
             train(make_recipe(), data, begun, device="cpu")
-        with pytest.raises(TrainError, match="is of another recipe: optimiser.lr was 0.001 and is 0.01"):
+        with pytest.raises(TrainError, match=r"is of another recipe: optimiser.lr was 0.001 and is 0.01"):
             resume(data, begun, **{"optimiser.lr": 0.01})
         others = make_data(tmp_path / "others", classes=("ant", "fly"))
         with pytest.raises(TrainError, match="the state's classes are ant, bee, the data has others"):
@@ -203,7 +203,7 @@ def test_what_does_not_belong_to_the_run_is_refused(data: Path, begun: Path, tmp
         with pytest.raises(TrainError, match=r"other training images \(24, .*; now 23, "):
             resume(fewer, begun)
     (begun / "state.pt").rename(begun / "best.safetensors")
-    with pytest.raises(ValueError, match="has best.safetensors"):
+    with pytest.raises(ValueError, match=r"has best.safetensors"):
         train(make_recipe(), data, begun, device="cpu")
 
 

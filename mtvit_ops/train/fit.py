@@ -19,7 +19,7 @@ from ..progress import Progress
 from ..weights import ModelInfo, save_model
 from ._across import shared_statistics
 from .build import build_model
-from .compute_loss import compute_loss
+from .compute_loss import compute_loss, loss_of
 from .images import ImageSet, open_images
 from .journal import Journal
 from .loading import eval_batches, train_batches
@@ -158,6 +158,7 @@ class _Run:
         self.model = model.to(processes.device)
         self.plan: Plan = make_plan(model, recipe.plan)
         self.plan.start(model, recipe.loss)
+        loss_of(model, self.plan.at(model, recipe.loss, 0.0))  # a wrong weight is told now, not at the first step
         self.average = Average(model, options.ema_decay) if options.ema_decay else None
         self.mixing = Mixing(recipe.mix, len(train_set.classes)) if recipe.mix.mixes else None
         optimiser = make_optimiser(model, options)

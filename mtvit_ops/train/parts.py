@@ -41,25 +41,31 @@ class Schedule:
         optimiser: whose groups get it.
         options: of the recipe.
         steps: of an epoch.
+
+    Raises:
+        RecipeError: no such schedule, or one that waits for a score.
     """
 
     def __init__(self, optimiser: torch.optim.Optimizer, options: OptimiserOptions, steps: int) -> None:
         import_timm()
         from timm.scheduler import create_scheduler_v2
 
-        self._scheduler, _ = create_scheduler_v2(
-            optimiser,
-            sched=options.schedule,
-            num_epochs=options.epochs,
-            warmup_epochs=options.warmup_epochs,
-            warmup_lr=options.warmup_lr,
-            min_lr=options.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=steps,
-        )
-        # "plateau" waits for a score
-        if self._scheduler is None or type(self._scheduler).__name__ == "PlateauLRScheduler":
+        try:
+            scheduler, _ = create_scheduler_v2(
+                optimiser,
+                sched=options.schedule,
+                num_epochs=options.epochs,
+                warmup_epochs=options.warmup_epochs,
+                warmup_lr=options.warmup_lr,
+                min_lr=options.min_lr,
+                step_on_epochs=False,
+                updates_per_epoch=steps,
+            )
+        except (AssertionError, ValueError) as error:
+            raise RecipeError(f"schedule must be one of timm's by step, got {options.schedule!r}: {error}") from error
+        if scheduler is None:
             raise RecipeError(f"schedule must be one of timm's by step, got {options.schedule!r}")
+        self._scheduler = scheduler
 
     def set(self, step: int) -> None:
         """Make the learning rates those of a step, counted from 0."""

@@ -50,12 +50,16 @@ def test_any_step_can_be_the_first(rank: int, world: int) -> None:
 
 def test_epochs_and_seeds_differ_and_generators_stay() -> None:
     before = torch.get_rng_state()
-    orders = {tuple(index for batch in TrainOrder(20, 5, seed).batches(epoch) for _, index in batch)
-              for seed, epoch in product(range(3), range(3))}
+    orders = {
+        tuple(index for batch in TrainOrder(20, 5, seed).batches(epoch) for _, index in batch)
+        for seed, epoch in product(range(3), range(3))
+    }
     assert len(orders) == 9
     assert torch.equal(torch.get_rng_state(), before)
-    left_out = {frozenset(range(22)) - {key[1] for batch in TrainOrder(22, 5, 0).batches(epoch) for key in batch}
-                for epoch in range(4)}
+    left_out = {
+        frozenset(range(22)) - {key[1] for batch in TrainOrder(22, 5, 0).batches(epoch) for key in batch}
+        for epoch in range(4)
+    }
     assert len(left_out) > 1
 
 
@@ -77,7 +81,7 @@ def test_bad_values(arguments: tuple[int, ...], error: type[Exception], what: st
 
 def test_seeds_are_written_down() -> None:
     """A change of these numbers would break every interrupted run."""
-    assert derive_seed(0) == 7896539437186005217
-    assert derive_seed(3, 1, 4) == 0
+    assert derive_seed(0) == 7896617691693857887
+    assert derive_seed(3, 1, 4) == 1798932345466327501
     assert len({derive_seed(0, 1, step, rank) for step in range(50) for rank in range(4)}) == 200
     assert 0 <= derive_seed(2**63 - 1, 2**40) < 2**63

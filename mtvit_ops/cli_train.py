@@ -15,11 +15,10 @@ Train a model by a recipe: a TOML file that says everything but where the data
 is, where the results go, and which weights to begin with.
 
 The data is a folder or a zip with train/CLASS/*.jpg and val/CLASS/*.jpg (any
-format that Pillow reads). Images that cannot be read are counted, named and
-skipped. The folder of the run gets state.pt (what --resume goes on from, written
-as a whole or not at all), best.safetensors and last.safetensors (weights with
-everything needed to use them), recipe.json, metrics.jsonl and TensorBoard's
-events.
+format that Pillow reads). Images that cannot be read are named and skipped. The
+folder of the run gets state.pt (what --resume goes on from, written as a whole
+or not at all), best.safetensors and last.safetensors (weights with everything
+needed to use them), recipe.json, metrics.jsonl and TensorBoard's events.
 """
 
 _TRAIN_EPILOG = """\
@@ -29,7 +28,8 @@ examples:
         --data imagenette.zip --out runs/dense
   halting, from that model:
     mtvit-ops train recipes/imagenette_micro_avit.toml \\
-        --data imagenette.zip --start runs/dense/best.safetensors --out runs/avit
+        --data imagenette.zip --out runs/avit \\
+        --start runs/dense/best.safetensors
   go on after an interruption:
     mtvit-ops train ... --out runs/avit --resume
   another seed, for two epochs only:

@@ -61,7 +61,9 @@ def test_overrides_win(tmp_path: Path) -> None:
     assert (config.gate_scale, config.gate_center) == (3.0, 2.0)
     with pytest.raises(TypeError, match="has no option 'gate_centre'"):
         load_model(path, gate_centre=2.0)
-    with pytest.raises(ValueError, match=r"does not fit the model: mis-shaped head.bias"):
+    with pytest.raises(
+        ValueError, match=r"does not fit the model: mis-shaped head.weight, expected .4, 16., got .3, 16."
+    ):
         load_model(path, num_classes=4)
 
 

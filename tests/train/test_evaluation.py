@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def timm_model() -> Any:
     """timm's own, with random weights large enough for sure answers."""
-    torch.manual_seed(1)
+    torch.manual_seed(3)
     model = timm.models.VisionTransformer(**MICRO, num_classes=len(CLASSES)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)

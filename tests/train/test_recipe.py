@@ -47,7 +47,10 @@ def test_changes_win_and_leave_their_source_alone(tmp_path: Path) -> None:
     ("changes", "what"),
     [
         ({"optimizer": {}}, "there is no 'optimizer', only augment, .*; did you mean optimiser?"),
-        ({"optimiser.lrate": 1.0}, r"recipe: \[optimiser\]: there is no 'lrate', only .*; did you mean lr\?"),
+        (
+            {"optimiser.weightdecay": 1},
+            r"recipe: \[optimiser\]: there is no 'weightdecay', .*did you mean weight_decay\?",
+        ),
         ({"augment.colour_jitter": 1.0}, r"\[augment\]: there is no 'colour_jitter'.* did you mean color_jitter\?"),
         ({"run.zzz": 1}, r"\[run\]: there is no 'zzz', only [a-z_, ]*$"),
         ({"title.x": 1}, "title is no table, so it has no x"),

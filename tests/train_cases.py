@@ -26,8 +26,8 @@ TRAIN_IMAGES, VAL_IMAGES = 24, 11  # an odd number to evaluate: two processes ge
 
 MICRO = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 1}
 DENSE = {"name": "vit_tiny_patch16_224", **MICRO}
-# tokens of random weights halt in the first block or in the second
-A_VIT = {"name": "avit_tiny_patch16_224", **MICRO, "gate_scale": 4.0, "gate_center": 0.0}
+# so steep a gate that some tokens halt in every block
+A_VIT = {"name": "avit_tiny_patch16_224", **MICRO, "depth": 3, "gate_scale": 40.0, "gate_center": 0.0}
 
 RECIPE: dict[str, Any] = {
     "title": "a test",

@@ -18,6 +18,7 @@ from train_cases import RECIPE, STEPS, VAL_IMAGES, StopsAt, make_data, make_reci
 
 from mtvit_ops.train.fit import StoppedError, train
 from mtvit_ops.train.state import load_state
+from mtvit_ops.weights import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -74,6 +75,14 @@ def test_two_processes_train_as_one(name: str, data: Path, two: Path, tmp_path: 
     assert [record["images"] for record in records(two / name, "evaluate")] == [VAL_IMAGES] * 2
     for rank in range(2):
         assert_close(score, json.loads((two / f"scores-{rank}.json").read_text())[name], STEPS)
+
+
+def test_the_uneven_case_is_uneven(two: Path) -> None:
+    """Of four images, two processes' halves keep different numbers of tokens after the first block."""
+    model = load_model(two / "A-ViT, uneven" / "last.safetensors").model
+    _, _, state = model.encode(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    alive = (state.halting.ponder.unflatten(0, (4, -1)) > 2).sum(dim=1)  # who halts in the first has 1 + 1
+    assert 0 < alive[:2].sum() != alive[2:].sum() > 0, alive
 
 
 def test_a_signal_to_the_launcher_saves_first_and_one_process_goes_on(data: Path, tmp_path: Path) -> None:

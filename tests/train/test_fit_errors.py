@@ -229,7 +229,7 @@ def test_files_that_are_no_state(content: Any, what: str, tmp_path: Path) -> Non
     [
         ({"optimiser.batch_size": 26}, {}, ValueError, "batch_size must be at most the 24 training images, got 26"),
         ({"optimiser.name": "adamm"}, {}, RecipeError, "optimiser 'adamm' cannot be made"),
-        ({"optimiser.schedule": "cosin"}, {}, RecipeError, "schedule must be one of timm's, got 'cosin'"),
+        ({"optimiser.schedule": "cosin"}, {}, RecipeError, "schedule must be one of timm's by step, got 'cosin'"),
         ({"optimiser.schedule": "plateau"}, {}, RecipeError, "schedule must be one of timm's by step, got 'plateau'"),
         ({"model.num_classes": 3}, {}, RecipeError, "num_classes must be the data's 2"),
         ({"model.depht": 3}, {}, RecipeError, "has no option 'depht'"),

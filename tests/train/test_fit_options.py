@@ -136,7 +136,7 @@ def test_fine_tuning(data: Path, tmp_path: Path) -> None:
         found, given = (load_model(path).model.state_dict() for path in (out / "last.safetensors", start))
         for name, value in found.items():
             wanted = drawn if reset and name.startswith("head.") else given
-            assert torch.equal(value, wanted[name]), name
+            assert torch.allclose(value, wanted[name], rtol=0, atol=1e-25), name
     # what was begun with is in the state: it is not needed again, nor is it asked for
     two.unlink()
     train(recipe, data, tmp_path / "two-False", device="cpu", start=two, resume=True)
@@ -179,11 +179,11 @@ def test_broken_images_are_named_once(cache: bool, workers: int, tmp_path: Path)
     assert len(told) == len(set(told)) <= 3
 
 
-def test_a_cache_that_drops_images_is_not_resumed_without_one(tmp_path: Path) -> None:
+def test_a_cache_that_drops_images_is_not_resumed_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_data(tmp_path / "data")
     (data / "train" / "ant" / "cut.png").write_bytes(b"\x89PNG")
     with pytest.raises(StoppedError):
         train(make_recipe({"data.cache": "auto"}), data, tmp_path / "run", device="cpu", progress=StopsAt(2))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainError, match=r"24, .*; now 25, .*data.cache"):
-        patch.setattr("mtvit_ops.train.images.available_memory", lambda: 1000)
+    monkeypatch.setattr("mtvit_ops.train.images.available_memory", lambda: 1000)
+    with pytest.raises(TrainError, match=r"24, .*; now 25, .*data.cache"):
         train(make_recipe({"data.cache": "auto"}), data, tmp_path / "run", device="cpu", resume=True)

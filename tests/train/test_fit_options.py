@@ -143,7 +143,7 @@ def test_fine_tuning(data: Path, tmp_path: Path) -> None:
 
 
 def test_gates_of_a_file_s_name_outlive_an_interruption(data: Path, tmp_path: Path) -> None:
-    start = start_file(tmp_path / "tiny-3-1.safetensors", 2, "avit")
+    start = start_file(tmp_path / "tiny-3-1.safetensors", 2, "avit", depth=A_VIT["depth"])
     recipe = make_recipe({"model": A_VIT, "run.save_steps": 0})
     train(recipe, data, tmp_path / "whole", device="cpu", start=start)
     with pytest.raises(StoppedError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from ..weights import ModelInfo, save_model
 from ._across import shared_statistics
 from .build import build_model
 from .compute_loss import compute_loss, loss_of
+from .folder import BEST, LAST, STATE, describe_images, find_state, prepare_folder
 from .images import ImageSet, open_images
 from .journal import Journal
 from .loading import eval_batches, train_batches
@@ -30,9 +30,8 @@ from .processes import Processes
 from .recipe import Recipe
 from .scoring import Score, score
 from .signals import StopRequest, stop_requests
-from .state import TrainError, TrainState, load_state, save_state
+from .state import TrainError, TrainState, save_state
 
-STATE, BEST, LAST, RECIPE = "state.pt", "best.safetensors", "last.safetensors", "recipe.json"
 _NAMED = 5  # images that cannot be used
 _DRAWS = 1  # in the seed of a step's draws; what a view draws has no such part
 
@@ -99,13 +98,13 @@ def train(
     processes = Processes(recipe.run.precision, device)
     progress = progress if progress is not None and processes.is_first else Progress()
     with _own_generators(), stop_requests() as request:
-        state = _find_state(out, recipe, resume)
+        state = find_state(out, recipe, resume)
         train_set = open_images(data, recipe.data.train_split, cache=recipe.data.cache, progress=progress)
         val_set = open_images(
             data, recipe.data.val_split, classes=train_set.classes, cache=recipe.data.cache, progress=progress
         )
         run = _Run(recipe, train_set, val_set, out, processes, start, reset_head, state)
-        processes.first_does(lambda: _prepare_folder(out, recipe))
+        processes.first_does(lambda: prepare_folder(out, recipe))
         journal = Journal(progress)
         processes.first_does(lambda: journal.open(out, run.step))
         try:
@@ -348,7 +347,7 @@ class _Run:
             average=None if self.average is None else self.average.model.state_dict(),
             sums=self.sums,
             classes=list(self.train_set.classes),
-            images=_describe(self.train_set),
+            images=describe_images(self.train_set),
             method=self._method(),
             seconds=self._elapsed(),
         )
@@ -357,9 +356,10 @@ class _Run:
     def _restore(self, state: TrainState) -> None:
         if tuple(state.classes) != self.train_set.classes:
             raise TrainError(f"the state's classes are {', '.join(state.classes)}, the data has others")
-        if state.images != _describe(self.train_set):
+        images = describe_images(self.train_set)
+        if state.images != images:
             raise TrainError(
-                f"the state is of other training images ({state.images}; now {_describe(self.train_set)}): the data has"
+                f"the state is of other training images ({state.images}; now {images}): the data has"
                 " changed, or a cache left broken images out in one run only (data.cache)"
             )
         for model in (self.model,) if self.average is None else (self.model, self.average.model):
@@ -380,53 +380,6 @@ class _Run:
 
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self._since
-
-
-def _describe(images: ImageSet) -> str:
-    text = "\n".join(f"{target} {name}" for target, name in zip(images.targets, images.names))
-    return f"{len(images)}, SHA-256 {hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:16]}"
-
-
-def _find_state(out: Path, recipe: Recipe, resume: bool) -> TrainState | None:
-    """The state to go on from, or None."""
-    path = out / STATE
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder or a place for one, got the file {out}")
-    if not resume:
-        there = [name for name in (STATE, BEST, LAST) if (out / name).exists()]
-        if there:
-            raise ValueError(f"out must be a folder without a training, or resume be asked for: {out} has {there[0]}")
-    if not path.exists():
-        return None
-    state = load_state(path)
-    for place, was, now in _differences(state.recipe, recipe.to_dict()):
-        raise TrainError(f"{path} is of another recipe: {place} was {was!r} and is {now!r}")
-    return state
-
-
-def _differences(was: Any, now: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(was, Mapping) and isinstance(now, Mapping):
-        for key in sorted({*was, *now}):
-            yield from _differences(was.get(key), now.get(key), f"{place}.{key}".lstrip("."))
-    elif was != now:
-        yield place, was, now
-
-
-def _prepare_folder(out: Path, recipe: Recipe) -> None:
-    """Make the folder, prove that it can be written, and clear what a killed process left half written."""
-    import json
-
-    from ..files import write_atomically
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in (STATE, BEST, LAST, RECIPE, "metrics.jsonl"):
-            for left in out.glob(f".{name}.*"):
-                left.unlink()
-        text = json.dumps(recipe.to_dict(), indent=1).encode()
-        write_atomically(out / RECIPE, lambda file: file.write(text))
-    except OSError as error:
-        raise TrainError(f"cannot write to {out}: {error}") from error
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def accuracies(options: argparse.Namespace, result: CompareResult) -> dict[str, 
             "seed": facts["recipe"]["run"]["seed"],
             "recipe": facts["recipe"],
             "steps": facts["step"],
-            "training_seconds": facts.get("seconds"),
+            "training_seconds": facts.get("training_seconds"),
         }
         if row.name != BASELINE:
             begin = time.monotonic()

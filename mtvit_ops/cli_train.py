@@ -15,28 +15,29 @@ Train a model by a recipe: a TOML file that says everything but where the data
 is, where the results go, and which weights to begin with.
 
 The data is a folder or a zip with train/CLASS/*.jpg and val/CLASS/*.jpg (any
-format that Pillow reads). Images that cannot be read are counted, named and
-skipped. The folder of the run gets state.pt (what --resume goes on from, written
-as a whole or not at all), best.safetensors and last.safetensors (weights with
-everything needed to use them), recipe.json, metrics.jsonl and TensorBoard's
-events.
+format that Pillow reads). Images that cannot be read are named and skipped. The
+folder of the run gets state.pt (what --resume goes on from, written as a whole
+or not at all), best.safetensors and last.safetensors (weights with everything
+needed to use them), recipe.json, metrics.jsonl and TensorBoard's events.
 """
 
 _TRAIN_EPILOG = """\
 examples:
   a model of 1.4 million parameters on Imagenette:
-    mtvit-ops train recipes/imagenette_micro_dense.toml --data imagenette.zip --out runs/dense
+    mtvit-ops train recipes/imagenette_micro_dense.toml \\
+        --data imagenette.zip --out runs/dense
   halting, from that model:
-    mtvit-ops train recipes/imagenette_micro_avit.toml --data imagenette.zip \\
-        --start runs/dense/best.safetensors --out runs/avit
+    mtvit-ops train recipes/imagenette_micro_avit.toml \\
+        --data imagenette.zip --out runs/avit \\
+        --start runs/dense/best.safetensors
   go on after an interruption:
     mtvit-ops train ... --out runs/avit --resume
   another seed, for two epochs only:
     mtvit-ops train ... --set run.seed=1 --set optimiser.epochs=2
   eight GPUs of one machine, then two machines:
     torchrun --nproc-per-node 8 -m mtvit_ops train ...
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-        -m mtvit_ops train ...
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \\
+        --rdzv-endpoint HOST:29500 -m mtvit_ops train ...
 
 exit code:
   0    all well
@@ -53,7 +54,8 @@ each image counted exactly once on any number of processes.
 _EVALUATE_EPILOG = """\
 examples:
     mtvit-ops evaluate runs/avit/best.safetensors --data imagenette.zip
-    mtvit-ops evaluate runs/mtvit/best.safetensors --data photos/ --split "" --set cost_weight=2.5
+    mtvit-ops evaluate runs/mtvit/best.safetensors --data photos/ --split "" \\
+        --set cost_weight=2.5
 
 exit code:
   0  all well
@@ -124,6 +126,7 @@ def add_commands(commands: Any) -> None:
 def _run_train(options: argparse.Namespace) -> int:
     from .progress import show_progress
     from .train.fit import StoppedError, train
+    from .train.processes import is_first_process
     from .train.recipe import load_recipe
     from .train.state import TrainError
 
@@ -145,8 +148,10 @@ def _run_train(options: argparse.Namespace) -> int:
     except TrainError as error:
         print(f"mtvit-ops train: error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise UsageError(str(error)) from error
+    if not is_first_process():  # the first one speaks for all
+        return 0
     print(
         f"top-1 {100 * result.score.top1:.2f} % of {result.score.images} images (best {100 * result.best:.2f} %)"
         f" after {result.steps} steps, {result.seconds:.0f} s; weights in {options.out}"
@@ -158,6 +163,7 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     from .files import write_atomically
     from .progress import show_progress
     from .train.evaluation import evaluate
+    from .train.processes import is_first_process
 
     try:
         with show_progress() as progress:
@@ -172,8 +178,10 @@ def _run_evaluate(options: argparse.Namespace) -> int:
                 progress=progress,
                 **dict(options.changes),
             )
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise UsageError(str(error)) from error
+    if not is_first_process():
+        return 0
     print(
         f"top-1 {100 * found.top1:.2f} %  top-5 {100 * found.top5:.2f} %  loss {found.loss:.4f}"
         f"  of {found.images} images"

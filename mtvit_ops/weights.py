@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import check_real
 from .checkpoints import load_checkpoint
 from .files import write_atomically
 from .models import create_model
@@ -52,7 +53,8 @@ def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo, *, dt
         name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
         for name, value in weights.items()
     }
-    content = safetensors.torch.save(tensors, metadata={"format": "pt", _ENTRY: json.dumps(info._asdict())})
+    # one entry and no more: several would stand in another order in every file
+    content = safetensors.torch.save(tensors, metadata={_ENTRY: json.dumps(info._asdict())})
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -77,6 +79,7 @@ def read_info(path: str | Path) -> ModelInfo | None:
     try:
         content = json.loads(text)
         info = ModelInfo(**{**content, "classes": tuple(content["classes"])})
+        _check_info(info, content["classes"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} says nothing readable of its model: {error}") from error
     return info
@@ -97,8 +100,19 @@ def load_model(path: str | Path, **overrides: Any) -> LoadedModel:
         raise ValueError(f"{path} does not say which model it is for: use create_model(name, checkpoint=...)")
     options = {**info.model, **overrides}
     model = create_model(options.pop("name"), **options)
-    load_checkpoint(model, path)
+    # not by the file: what its name seems to say of gates must not win over what the file says
+    load_checkpoint(model, _safetensors().torch.load_file(path))
     return LoadedModel(model.eval(), info)
+
+
+def _check_info(info: ModelInfo, classes: Any) -> None:
+    if not isinstance(info.model, dict) or not isinstance(info.model.get("name"), str):
+        raise ValueError(f"model must be a name and overrides, got {info.model!r}")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"classes must be a list of names, got {classes!r}")
+    if not isinstance(info.facts, dict):
+        raise ValueError(f"facts must be a table, got {info.facts!r}")
+    check_real("crop_pct", info.crop_pct, 0.0, 1.0, open_low=True)
 
 
 def _safetensors() -> Any:

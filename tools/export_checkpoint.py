@@ -10,6 +10,7 @@ precision, and the file as written is what is scored on the validation images. E
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def export(weights: Path, data: Path, out: Path, mac_ratio: float | None, chain:
         options[done.field] = done.value
         print(f"{done.field} = {done.value:g}: MAC ratio {done.mac_ratio:.4f} on {SAMPLE} training images")
     names = [CLASS_NAMES.get(folder, folder) for folder in info.classes]
-    facts = {**info.facts, "class_names": names, "chain": chain}
+    facts = {**info.facts, "class_names": names, "chain": chain, "training_seconds": seconds_of(weights.parent)}
     save_model(out, model.state_dict(), info._replace(model=options, facts=facts), dtype=torch.float16)
     score = evaluate(out, data, device="cpu")
     shipped, _ = load_model(out)
@@ -111,6 +112,14 @@ def export(weights: Path, data: Path, out: Path, mac_ratio: float | None, chain:
     )
     write_atomically(out.with_suffix(".md"), lambda file: file.write(card.encode()))
     print(f"{out}: top-1 {score.top1:.2%}, MAC ratio {ratio:.4f}")
+
+
+def seconds_of(run: Path) -> float | None:
+    """What the run took, of training and evaluation, by its journal."""
+    journal = run / "metrics.jsonl"
+    if not journal.is_file():
+        return None
+    return max(json.loads(line)["seconds"] for line in journal.read_text().splitlines())
 
 
 def sample(data: Path, split: str, img_size: int, crop_pct: float) -> torch.Tensor:

@@ -14,7 +14,8 @@ def process_mean(value: Tensor) -> Tensor:
             which every process has as many.
 
     Returns:
-        Like value, the same in every process; value itself in a process that is alone.
+        Like value, the same in every process; value itself in a process that is alone, and where gradients are
+        disabled, so that one process may score images by itself.
 
     Gradients flow to value as if it were the mean: averaged over the processes, as ``DistributedDataParallel`` does,
     they are those of the whole batch, provided that every process makes the same of the mean. No device
@@ -22,7 +23,7 @@ def process_mean(value: Tensor) -> Tensor:
 
     Equivalent PyTorch: ``torch.distributed.nn.functional.all_reduce(value) / torch.distributed.get_world_size()``.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
     world_size = torch.distributed.get_world_size()
     if world_size == 1:

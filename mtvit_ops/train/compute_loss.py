@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -40,10 +42,18 @@ def compute_loss(
     Gradients flow to the model's parameters. Runs under ``torch.autocast``; terms are float32 (float64 for float64).
     Works with gradients disabled, too: then it is a score.
 
-    Where ``torch.distributed`` is initialised, every process must call, with as many images. Terms that are no means
+    Where ``torch.distributed`` is initialised and gradients are enabled, every process must call, with as many images. Terms that are no means
     over images (A-ViT's prior, MT-ViT's cost and balance) are of the batch of all processes then, with gradients that
     ``DistributedDataParallel`` averages into those of the whole batch.
     """
+    module, chosen = loss_of(model, weights)
+    model.check_images(images)
+    check_target(target, images.shape[0], model.config.num_classes, images)
+    return module.loss(model, images, target, chosen)
+
+
+def loss_of(model: VisionTransformer, weights: Mapping[str, Any]) -> tuple[ModuleType, Any]:
+    """The module with the loss of the model's method, and its weights, checked; errors as of ``compute_loss``."""
     if not isinstance(model, VisionTransformer):
         raise TypeError(f"model must be a VisionTransformer, got {type(model).__name__}")
     method = type(model.method)
@@ -56,7 +66,4 @@ def compute_loss(
     for name in weights:
         if name not in names:
             raise TypeError(f"{weights_class.__name__} has no weight {name!r}; there are {', '.join(names)}")
-    chosen = weights_class(**weights)
-    model.check_images(images)
-    check_target(target, images.shape[0], model.config.num_classes, images)
-    return module.loss(model, images, target, chosen)
+    return module, weights_class(**weights)

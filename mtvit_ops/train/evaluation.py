@@ -56,7 +56,11 @@ def evaluate(
     check_choice("precision", precision, PRECISIONS)
     model, info = load_model(weights, **overrides)
     processes = Processes(precision, device)
+    progress = progress if progress is not None and processes.is_first else Progress()
     images = open_images(data, split, classes=info.classes or None, cache=False, progress=progress)
+    outputs = model.config.num_classes
+    if len(images.classes) != outputs:
+        raise ValueError(f"{data} must have the model's {outputs} classes, got {len(images.classes)}")
     loader = eval_batches(
         images,
         model.config.img_size,
@@ -67,4 +71,7 @@ def evaluate(
         processes.world_size,
     )
     dtype = torch.bfloat16 if precision == "bfloat16" else None
-    return score(model.to(processes.device), loader, autocast=dtype, distributed=processes.world_size > 1)
+    found = score(model.to(processes.device), loader, autocast=dtype, distributed=processes.world_size > 1)
+    for problem in images.problems:
+        progress.say(f"not used: {problem.path} {problem.reason}")
+    return found

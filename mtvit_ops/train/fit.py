@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +17,9 @@ from ..nn import VisionTransformer, checkpointed_twin
 from ..progress import Progress
 from ..weights import ModelInfo, save_model
 from .build import build_model
-from .compute_loss import compute_loss
+from .compute_loss import compute_loss, loss_of
 from .device_views import DeviceViews
+from .folder import BEST, LAST, STATE, describe_images, find_state, prepare_folder
 from .images import ImageSet, open_images
 from .journal import Journal
 from .loading import eval_batches, train_batches
@@ -27,9 +30,9 @@ from .processes import Processes
 from .recipe import Recipe
 from .scoring import Score, score
 from .signals import StopRequest, stop_requests
-from .state import TrainError, TrainState, load_state, save_state
+from .state import TrainError, TrainState, save_state
 
-STATE, BEST, LAST, RECIPE = "state.pt", "best.safetensors", "last.safetensors", "recipe.json"
+_NAMED = 5  # images that cannot be used
 _DRAWS = 1  # in the seed of a step's draws; what a view draws has no such part
 
 
@@ -82,25 +85,28 @@ def train(
         RecipeError, ValueError, TypeError, FileNotFoundError, ImportError: what was asked for cannot be done; nothing
             has been written.
         StoppedError: SIGTERM or SIGINT came; the state was saved.
-        TrainError: a loss that is no number, a file that cannot be written, a state of another recipe. The last saved
-            state is intact.
+        TrainError: a loss or weights that are no numbers, a file that cannot be written, a state of another recipe or
+            other images. The last saved state is intact.
 
     Under ``torchrun`` all processes share the work. With one thread count, a resumed run on the CPU ends with the same
     bits as one that was never interrupted: order, augmentation and every other draw follow from the seed and the step.
     PyTorch's global generators are put back afterwards.
     """
     out = Path(out)
+    if reset_head and start is None:
+        raise ValueError("reset_head must be False without start: there is no classifier to leave out, got True")
     processes = Processes(recipe.run.precision, device)
+    progress = progress if progress is not None and processes.is_first else Progress()
     with _own_generators(), stop_requests() as request:
-        state = _find_state(out, recipe, resume)
+        state = find_state(out, recipe, resume)
         train_set = open_images(data, recipe.data.train_split, cache=recipe.data.cache, progress=progress)
         val_set = open_images(
             data, recipe.data.val_split, classes=train_set.classes, cache=recipe.data.cache, progress=progress
         )
         run = _Run(recipe, train_set, val_set, out, processes, start, reset_head, state)
-        if processes.is_first:
-            _prepare_folder(out, recipe)
-        journal = Journal(out if processes.is_first else None, run.step, progress or Progress())
+        processes.first_does(lambda: prepare_folder(out, recipe))
+        journal = Journal(progress)
+        processes.first_does(lambda: journal.open(out, run.step))
         try:
             return run.go(journal, request)
         finally:
@@ -148,6 +154,7 @@ class _Run:
         self.model = model.to(processes.device)
         self.plan: Plan = make_plan(model, recipe.plan)
         self.plan.start(model, recipe.loss)
+        loss_of(model, recipe.loss)  # a wrong weight is told now, not at the first step
         self.average = Average(model, options.ema_decay) if options.ema_decay else None
         self.device_views = DeviceViews(recipe.augment) if recipe.data.augment_on == "device" else None
         self.mixing = Mixing(recipe.mix, len(train_set.classes)) if recipe.mix.mixes else None
@@ -159,6 +166,7 @@ class _Run:
         self.step, self.best, self.seconds = 0, None if state is None else state.best, 0.0
         self.sums: dict[str, float] = {}
         self.score: Score | None = None
+        self.told = 0  # problems of the images so far
         if state is not None:
             self._restore(state)
         self._since = time.monotonic()
@@ -166,6 +174,7 @@ class _Run:
     def go(self, journal: Journal, request: StopRequest) -> TrainResult:
         if self.step:
             journal.say(f"going on after step {self.step} of {self.total}")
+        self._tell_problems(journal)
         while self.step < self.total:
             epoch, first = divmod(self.step, self.order.steps)
             self._train_epoch(epoch, first, journal, request)
@@ -228,17 +237,28 @@ class _Run:
         """Add up the terms of the steps since the last call, and refuse to go on with what is no number."""
         if not terms:
             return
-        total = self.processes.mean(torch.stack(terms).sum(dim=0))
-        for name, value in zip(names, total.tolist()):
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.sums["steps"] = self.sums.get("steps", 0.0) + len(terms)
+        # float64: the sum is the same, however an interruption groups it
+        values = self.processes.mean(torch.stack(terms)).double()  # (steps, terms)
         terms.clear()
-        if not all(map(torch.isfinite, total)):
-            bad = next(name for name, value in zip(names, total) if not torch.isfinite(value))
-            raise TrainError(
-                f"{bad} is no finite number within the {self.recipe.run.log_steps} steps before step {self.step}:"
-                f" lower the learning rate, or clip the gradient; the state in {self.out} is from before"
-            )
+        finite = values.isfinite()
+        if not bool(finite.all()):
+            row = int((~finite.all(dim=1)).int().argmax())
+            bad = ", ".join(name for name, good in zip(names, finite[row].tolist()) if not good)
+            raise self._no_number(f"no finite number in step {self.step - len(values) + row + 1}: {bad}")
+        for name, value in zip(names, values.sum(dim=0).tolist()):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.sums["steps"] = self.sums.get("steps", 0.0) + len(values)
+
+    def _check_weights(self) -> None:
+        """A finite loss does not promise a finite update; what is saved must be good to go on from."""
+        weights = [value for value in self.model.state_dict().values() if value.is_floating_point()]
+        if not bool(torch.stack([value.isfinite().all() for value in weights]).all()):
+            raise self._no_number(f"no finite number after step {self.step}: weights")
+
+    def _no_number(self, what: str) -> TrainError:
+        path = self.out / STATE
+        kept = f"{path} is from before" if path.exists() else "nothing had been saved"
+        return TrainError(f"{what}; lower the learning rate, or clip the gradient; {kept}")
 
     def _log(self, journal: Journal) -> None:
         steps = self.sums.pop("steps")
@@ -246,23 +266,34 @@ class _Run:
         self.sums = {}
         rate = self.optimiser.param_groups[0]["lr"]
         seconds = self._elapsed()
-        journal.record("train", self.step, **means, lr=rate, seconds=seconds)
+        self.processes.first_does(lambda: journal.record("train", self.step, **means, lr=rate, seconds=seconds))
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         epoch = self.step / self.order.steps
         journal.say(f"epoch {epoch:.2f}  step {self.step}/{self.total}  {shown}  lr {rate:.2e}  {seconds:.0f} s")
 
     def _end_epoch(self, epochs: int, journal: Journal) -> None:
+        self._check_weights()
         self.score = found = self._evaluate()
-        values = found._asdict()
-        journal.record("evaluate", self.step, epoch=epochs, **values, seconds=self._elapsed())
+        values = {"epoch": epochs, **found._asdict(), "seconds": self._elapsed()}
+        self.processes.first_does(lambda: journal.record("evaluate", self.step, **values))
         skipped = f", {found.skipped} skipped" if found.skipped else ""
         journal.say(f"epoch {epochs}: top-1 {100 * found.top1:.2f} % of {found.images} images{skipped}")
         better = self.best is None or found.top1 > self.best
         self.best = found.top1 if self.best is None else max(self.best, found.top1)
-        if self.processes.is_first:
-            # before the state, which remembers the best score: a kill in between writes this file again
-            for name in (BEST, LAST) if better else (LAST,):
-                self._export(self.out / name)
+        self._tell_problems(journal)
+        # before the state, which remembers the best score: a kill in between writes this file again
+        for name in (BEST, LAST) if better else (LAST,):
+            self.processes.first_does(partial(self._export, self.out / name))
+
+    def _tell_problems(self, journal: Journal) -> None:
+        """Name the images that could not be used, each once."""
+        problems = [*self.train_set.problems, *self.val_set.problems]
+        if len(problems) == self.told:
+            return
+        self.told = len(problems)
+        some = "; ".join(f"{problem.path} {problem.reason}" for problem in problems[:_NAMED])
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        journal.say(f"not used: {some}{more}")
 
     def _evaluate(self) -> Score:
         processes = self.processes
@@ -291,36 +322,48 @@ class _Run:
             "step": self.step,
             "top1": self.score.top1,
             "images": self.score.images,
-            "seconds": self._elapsed(),
             "recipe": self.recipe.to_dict(),
         }
-        options = {**self.recipe.model, "num_classes": len(self.train_set.classes)}
+        # the method as it is now: training moves it, and so do some files to begin with
+        options = {**self.recipe.model, **self._method(), "num_classes": len(self.train_set.classes)}
         info = ModelInfo(options, self.train_set.classes, self.recipe.augment.crop_pct, facts)
         try:
             save_model(path, self._judged.state_dict(), info)
         except OSError as error:
             raise TrainError(f"cannot write {path}: {error}; the last saved state is intact") from error
 
+    def _method(self) -> dict[str, Any]:
+        return dataclasses.asdict(self._judged.method.config)
+
     def _save(self) -> None:
-        if self.processes.is_first:
-            average = None if self.average is None else self.average.model.state_dict()
-            state = TrainState(
-                self.recipe.to_dict(),
-                self.step,
-                self.best,
-                self.model.state_dict(),
-                self.optimiser.state_dict(),
-                average,
-                self.sums,
-                list(self.train_set.classes),
-                self._elapsed(),
-            )
-            save_state(self.out / STATE, state)
-        self.processes.wait()
+        self._check_weights()
+        state = TrainState(
+            recipe=self.recipe.to_dict(),
+            step=self.step,
+            best=self.best,
+            model=self.model.state_dict(),
+            optimiser=self.optimiser.state_dict(),
+            average=None if self.average is None else self.average.model.state_dict(),
+            sums=self.sums,
+            classes=list(self.train_set.classes),
+            images=describe_images(self.train_set),
+            method=self._method(),
+            seconds=self._elapsed(),
+        )
+        self.processes.first_does(lambda: save_state(self.out / STATE, state))
 
     def _restore(self, state: TrainState) -> None:
         if tuple(state.classes) != self.train_set.classes:
             raise TrainError(f"the state's classes are {', '.join(state.classes)}, the data has others")
+        images = describe_images(self.train_set)
+        if state.images != images:
+            raise TrainError(
+                f"the state is of other training images ({state.images}; now {images}): the data has"
+                " changed, or a cache left broken images out in one run only (data.cache)"
+            )
+        for model in (self.model,) if self.average is None else (self.model, self.average.model):
+            model.method.config = dataclasses.replace(model.method.config, **state.method)
+            model.method.attach(model)
         self.model.load_state_dict(state.model)
         self.optimiser.load_state_dict(state.optimiser)
         if self.average is not None and state.average is not None:
@@ -336,46 +379,6 @@ class _Run:
 
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self._since
-
-
-def _find_state(out: Path, recipe: Recipe, resume: bool) -> TrainState | None:
-    """The state to go on from, or None."""
-    path = out / STATE
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder or a place for one, got the file {out}")
-    if not path.exists():
-        return None
-    if not resume:
-        raise ValueError(f"out must be a folder without a training, or resume be asked for: there is {path}")
-    state = load_state(path)
-    for place, was, now in _differences(state.recipe, recipe.to_dict()):
-        raise TrainError(f"{path} is of another recipe: {place} was {was!r} and is {now!r}")
-    return state
-
-
-def _differences(was: Any, now: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(was, Mapping) and isinstance(now, Mapping):
-        for key in sorted({*was, *now}):
-            yield from _differences(was.get(key), now.get(key), f"{place}.{key}".lstrip("."))
-    elif was != now:
-        yield place, was, now
-
-
-def _prepare_folder(out: Path, recipe: Recipe) -> None:
-    """Make the folder, prove that it can be written, and clear what a killed process left half written."""
-    import json
-
-    from ..files import write_atomically
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in (STATE, BEST, LAST, RECIPE, "metrics.jsonl"):
-            for left in out.glob(f".{name}.*"):
-                left.unlink()
-        text = json.dumps(recipe.to_dict(), indent=1).encode()
-        write_atomically(out / RECIPE, lambda file: file.write(text))
-    except OSError as error:
-        raise TrainError(f"cannot write to {out}: {error}") from error
 
 
 @contextmanager

@@ -8,36 +8,62 @@ from typing import Any
 
 from ..files import write_atomically
 from ..progress import Progress
+from .state import TrainError
 
 
 class Journal:
-    """Records of a training in ``metrics.jsonl`` and, where TensorBoard is installed, in ``events/``.
+    """Records of a training in ``metrics.jsonl`` and, where TensorBoard is installed, in ``events/``, once it is open.
 
     Args:
-        folder: of the run; None: nothing is written.
-        step: steps done so far; what an interrupted run wrote beyond them is dropped, for it comes again.
         progress: what a person sees.
     """
 
-    def __init__(self, folder: Path | None, step: int, progress: Progress) -> None:
-        self._path = None if folder is None else folder / "metrics.jsonl"
-        self._events = None
+    def __init__(self, progress: Progress) -> None:
+        self._path: Path | None = None
+        self._events: Any = None
         self._progress = progress
-        if folder is None or self._path is None:
-            return
-        if self._path.exists():
-            kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+
+    def open(self, folder: Path, step: int) -> None:
+        """Write to a folder from now on.
+
+        Args:
+            folder: of the run.
+            step: steps done so far; what an interrupted run wrote beyond them is dropped, for it comes again.
+
+        Raises:
+            TrainError: the folder's files cannot be written.
+        """
+        self._path = folder / "metrics.jsonl"
+        try:
+            self._open(folder, self._path, step)
+        except OSError as error:
+            raise TrainError(f"cannot write to {folder}: {error}") from error
+
+    def _open(self, folder: Path, path: Path, step: int) -> None:
+        if path.exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
             text = "".join(f"{line}\n" for line in kept).encode()
-            write_atomically(self._path, lambda file: file.write(text))
+            write_atomically(path, lambda file: file.write(text))
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            progress.say("no TensorBoard events: tensorboard is not installed")
+            self._progress.say("no TensorBoard events: tensorboard is not installed")
             return
         self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """One record: ``kind`` is ``"train"`` or ``"evaluate"``, values are JSON's."""
+        """One record: ``kind`` is ``"train"`` or ``"evaluate"``, values are JSON's.
+
+        Raises:
+            TrainError: it cannot be written.
+        """
+        try:
+            self._write(kind, step, values)
+        except OSError as error:
+            raise TrainError(f"cannot write the record of step {step}: {error}; the last state is intact") from error
+
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self._path is not None:
             line = json.dumps({"kind": kind, "step": step, **values})
             with self._path.open("a", encoding="utf-8") as file:
@@ -51,8 +77,12 @@ class Journal:
         self._progress.say(text)
 
     def close(self) -> None:
-        if self._events is not None:
+        if self._events is None:
+            return
+        try:
             self._events.close()
+        except OSError as error:  # what ended the training is told, this beside it
+            self._progress.say(f"TensorBoard's events are incomplete: {error}")
 
 
 def _step_of(line: str) -> float:

@@ -47,6 +47,9 @@ class Schedule:
         optimiser: whose groups get it.
         options: of the recipe.
         steps: of an epoch.
+
+    Raises:
+        RecipeError: no such schedule, or one that waits for a score.
     """
 
     def __init__(self, optimiser: torch.optim.Optimizer, options: OptimiserOptions, steps: int) -> None:
@@ -55,17 +58,21 @@ class Schedule:
 
         # timm counts in epochs; here its epochs are steps, so that a warm-up may end within an epoch
         linear = options.schedule == "linear"  # timm's polynomial of power 1
-        self._scheduler, _ = create_scheduler_v2(
-            optimiser,
-            sched="poly" if linear else options.schedule,
-            num_epochs=options.epochs * steps,
-            warmup_epochs=round(options.warmup_epochs * steps),
-            warmup_lr=options.warmup_lr,
-            min_lr=options.min_lr,
-            decay_rate=1.0 if linear else 0.1,
-        )
-        if self._scheduler is None:
-            raise RecipeError(f"schedule must be one of timm's, got {options.schedule!r}")
+        try:
+            scheduler, _ = create_scheduler_v2(
+                optimiser,
+                sched="poly" if linear else options.schedule,
+                num_epochs=options.epochs * steps,
+                warmup_epochs=round(options.warmup_epochs * steps),
+                warmup_lr=options.warmup_lr,
+                min_lr=options.min_lr,
+                decay_rate=1.0 if linear else 0.1,
+            )
+        except (AssertionError, ValueError) as error:
+            raise RecipeError(f"schedule must be one of timm's by step, got {options.schedule!r}: {error}") from error
+        if scheduler is None or options.schedule == "plateau":  # that one asks for scores
+            raise RecipeError(f"schedule must be one of timm's by step, got {options.schedule!r}")
+        self._scheduler = scheduler
 
     def set(self, step: int) -> None:
         """Make the learning rates those of a step, counted from 0."""

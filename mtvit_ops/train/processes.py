@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .state import TrainError
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one, among those that ``torchrun`` started, that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Processes:
@@ -79,5 +87,17 @@ class Processes:
         asked = torch.tensor(int(value), device=self.device)
         return bool(self._accelerator.reduce(asked, reduction="sum").item())
 
-    def wait(self) -> None:
-        self._accelerator.wait_for_everyone()
+    def first_does(self, work: Callable[[], None]) -> None:
+        """Let the first process do something; where it fails, all of them end instead of waiting for it.
+
+        Raises:
+            TrainError: in the others, where ``work`` raised in the first, which raises the same.
+        """
+        failed = None
+        if self.is_first:
+            try:
+                work()
+            except Exception as error:
+                failed = error
+        if self.any(failed is not None):
+            raise failed or TrainError("the first process could not go on, and says why")

@@ -111,6 +111,8 @@ class OptimiserOptions:
         check_count("epochs", self.epochs, 1)
         check_real("lr", self.lr, 0.0, 1e3, open_low=True)
         if self.betas is not None:
+            if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+                raise ValueError(f"betas must be two numbers, got {self.betas!r}")
             object.__setattr__(self, "betas", tuple(self.betas))  # the one way into a frozen dataclass
         for name in ("weight_decay", "clip_grad", "warmup_lr", "min_lr"):
             check_real(name, getattr(self, name), 0.0, 1e6)
@@ -124,7 +126,7 @@ class OptimiserOptions:
 class RunOptions:
     """
     Attributes:
-        seed: of weights, order, augmentation and every other draw, >= 0.
+        seed: of weights, order, augmentation and every other draw, in [0, 2**63).
         precision: ``"float32"``, or ``"bfloat16"`` under autocast.
         checkpointing: keep less for the gradient, and compute blocks twice.
         save_steps: steps between saves within an epoch, >= 0; 0: save after each epoch only.
@@ -142,7 +144,7 @@ class RunOptions:
     eval_epochs: int = 1
 
     def __post_init__(self) -> None:
-        check_count("seed", self.seed, 0)
+        check_count("seed", self.seed, 0, 2**63 - 1)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("checkpointing", self.checkpointing, (True, False))
         check_count("save_steps", self.save_steps, 0)
@@ -221,6 +223,8 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
 
 
 def _build(kind: type[T], content: Mapping[str, Any], where: str) -> T:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_SAME = 1.0  # seconds within which launchers and batch systems send one request twice
 
 
 class StopRequest:
@@ -14,14 +17,20 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._since = 0.0
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+    def __call__(self, number: int) -> bool:
+        """Take a signal; False: it is a second request."""
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._since = number, now
+        return now - self._since < _SAME
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Take SIGTERM and SIGINT as requests while the body runs; the second one ends the process as it always would.
+    """Take SIGTERM and SIGINT as requests while the body runs; a second one, a second later or more, ends the process
+    as it always would.
 
     Outside the main thread, which alone may take signals, nothing changes.
     """
@@ -33,9 +42,11 @@ def stop_requests() -> Iterator[StopRequest]:
     before = {number: signal.getsignal(number) for number in numbers}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        request(number, frame)
+        if request(number):
+            return
         for each, handler in before.items():
             signal.signal(each, handler)
+        signal.raise_signal(number)
 
     for number in numbers:
         signal.signal(number, handle)

@@ -28,6 +28,8 @@ class TrainState(NamedTuple):
     average: dict[str, Tensor] | None  # the moving average of the weights
     sums: dict[str, float]  # terms summed since the last line of the log
     classes: list[str]
+    images: str  # which training images, in words that differ where they differ
+    method: dict[str, Any]  # the method's configuration, which a file of weights may have set
     seconds: float  # of training and evaluation so far
 
 
@@ -56,7 +58,8 @@ def load_state(path: Path) -> TrainState:
     except OSError as error:
         raise TrainError(f"cannot read {path}: {error}") from error
     except Exception as error:  # a file that is no pickle fails in any way
-        raise TrainError(f"{path} is not a training's state: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainError(f"{path} is not a training's state: {reason}") from error
     if not isinstance(content, dict) or content.pop("version", None) != VERSION:
         raise TrainError(f"{path} is not a training's state of version {VERSION}")
     if set(content) != set(TrainState._fields):

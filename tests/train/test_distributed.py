@@ -1,0 +1,113 @@
+"""Two processes train as one does, to rounding; evaluation counts each image once; a signal saves first."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_cases import CASES, run_case
+from train_cases import RECIPE, STEPS, VAL_IMAGES, StopsAt, make_data, make_recipe, records, write_recipe
+
+from mtvit_ops.train.fit import StoppedError, train
+from mtvit_ops.train.state import load_state
+from mtvit_ops.weights import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made of all cases."""
+    out = tmp_path_factory.mktemp("two")
+    done = subprocess.run(
+        [*LAUNCH, str(ROOT / "tests" / "distributed_cases.py"), str(data), str(out)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any], step: int) -> None:
+    """To rounding: a mean over 4 images in two halves, of losses that each took some ten roundings, and weights that
+    carry one more in every step before."""
+    assert one.keys() == other.keys()
+    tolerance = (8 + 2 * step) * torch.finfo(torch.float32).eps
+    for name, value in one.items():
+        if isinstance(value, float):
+            assert abs(value - other[name]) <= tolerance * max(1.0, abs(value)), (name, step, value, other[name])
+        else:
+            assert value == other[name], (name, step)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one(name: str, data: Path, two: Path, tmp_path: Path) -> None:
+    score = run_case(name, data, tmp_path)
+    for kind, count in (("train", STEPS), ("evaluate", 2)):
+        found, wanted = records(two / name, kind), records(tmp_path / name, kind)
+        assert len(found) == len(wanted) == count
+        for one, other in zip(wanted, found):
+            assert_close(one, other, one["step"])
+    assert [record["images"] for record in records(two / name, "evaluate")] == [VAL_IMAGES] * 2
+    for rank in range(2):
+        assert_close(score, json.loads((two / f"scores-{rank}.json").read_text())[name], STEPS)
+
+
+def test_the_uneven_case_is_uneven(two: Path) -> None:
+    """Images keep different numbers of tokens, so two processes' shares of a batch do."""
+    model = load_model(two / "A-ViT, uneven" / "last.safetensors").model
+    _, _, state = model.encode(torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    alive = (state.halting.ponder.unflatten(0, (32, -1)) > 3).sum(dim=1)  # in the third block
+    assert len(alive.unique()) > 1
+
+
+def test_a_signal_to_the_launcher_saves_first_and_one_process_goes_on(data: Path, tmp_path: Path) -> None:
+    long = make_recipe({"optimiser.epochs": 100, "run.eval_epochs": 100, "run.save_steps": 0})
+    tables = {**RECIPE, "optimiser": {**RECIPE["optimiser"], "epochs": 100}}
+    tables["run"] = {**RECIPE["run"], "save_steps": 0, "eval_epochs": 100}
+    recipe = write_recipe(tmp_path / "recipe.toml", tables)
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    command = [*LAUNCH, "-m", "mtvit_ops", "train", str(recipe), "--data", str(data), "--out", str(out)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, "--device", "cpu"], env=ENVIRONMENT, stdout=log, stderr=log)
+        path = out / "metrics.jsonl"
+        while process.poll() is None and (not path.exists() or len(path.read_bytes().splitlines()) < 3):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) != 0
+    said = (tmp_path / "log").read_text()
+    assert said.count("asked to stop: saved after step") == 1, said
+    step = load_state(out / "state.pt").step
+    assert f"saved after step {step} of 600" in said
+    last = StopsAt(step + 3)
+    for folder in (out, alone):
+        with pytest.raises(StoppedError):
+            train(long, data, folder, resume=True, device="cpu", progress=last)
+    found, wanted = records(out, "train"), records(alone, "train")
+    assert [record["step"] for record in found] == list(range(1, step + 4))
+    for one, other in zip(wanted, found, strict=True):
+        assert_close(one, other, one["step"])

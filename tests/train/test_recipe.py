@@ -1,0 +1,162 @@
+"""Recipes: what is written is what is meant, or told; every recipe of the repository builds."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_cases import RECIPE, make_recipe, write_recipe
+
+from mtvit_ops.train.build import build_model
+from mtvit_ops.train.compute_loss import loss_of
+from mtvit_ops.train.parts import Schedule, make_optimiser
+from mtvit_ops.train.plan import make_plan
+from mtvit_ops.train.recipe import RecipeError, load_recipe
+from mtvit_ops.train.views import eval_view, train_view
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.toml"))
+
+
+def test_file_and_tables_are_the_same(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "é.toml")
+    recipe = load_recipe(path)
+    assert recipe == load_recipe(str(path)) == make_recipe()
+    content = json.loads(json.dumps(recipe.to_dict()))
+    assert content == recipe.to_dict()  # lists, not tuples: as JSON and a saved state have it
+    assert load_recipe(content) == recipe
+    assert content["optimiser"]["ema_decay"] == 0.9
+    assert content["run"]["precision"] == "float32"
+
+
+def test_changes_win_and_leave_their_source_alone(tmp_path: Path) -> None:
+    source = copy.deepcopy(RECIPE)
+    changes = {"optimiser.epochs": 7, "model.depth": 3, "loss.label_smoothing": 0.1, "title": "other", "data": {}}
+    recipe = load_recipe(source, changes)
+    assert source == RECIPE
+    assert (recipe.optimiser.epochs, recipe.model["depth"], recipe.title) == (7, 3, "other")
+    assert recipe.loss == {"label_smoothing": 0.1}
+    assert recipe.data.workers == 1
+    assert load_recipe(write_recipe(tmp_path / "r.toml"), changes) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"optimizer": {}}, "there is no 'optimizer', only augment, .*; did you mean optimiser?"),
+        (
+            {"optimiser.weightdecay": 1},
+            r"recipe: \[optimiser\]: there is no 'weightdecay', .*did you mean weight_decay\?",
+        ),
+        ({"augment.colour_jitter": 1.0}, r"\[augment\]: there is no 'colour_jitter'.* did you mean color_jitter\?"),
+        ({"run.zzz": 1}, r"\[run\]: there is no 'zzz', only [a-z_, ]*$"),
+        ({"title.x": 1}, "title is no table, so it has no x"),
+        ({"run": 3}, "run must be a table, got 3"),
+        ({"model": 3}, "model must be a table, got 3"),
+        ({"model": {}}, "model must have a name, got {}"),
+        ({"model.name": 3}, "model must have a name"),
+        ({"title": 3}, "title must be a string, got 3"),
+        ({"optimiser": {"lr": 1.0}}, r"\[optimiser\]: batch_size, epochs must be given"),
+        ({"optimiser.name": 3}, "name must be a string, got 3"),
+        ({"optimiser.lr": 0.0}, r"\[optimiser\]: lr must be "),
+        ({"optimiser.lr": float("nan")}, "lr must be "),
+        ({"optimiser.lr": "1e-3"}, "lr must be "),
+        ({"optimiser.epochs": 0}, "epochs must be >= 1, got 0"),
+        ({"optimiser.epochs": 1.5}, "epochs must be an int, got float"),
+        ({"optimiser.epochs": True}, "epochs must be an int, got bool"),
+        ({"optimiser.batch_size": 5}, "batch_size must be even where images are mixed in pairs, got 5"),
+        ({"optimiser.betas": 0.9}, "betas must be two numbers, got 0.9"),
+        ({"optimiser.betas": [0.9]}, r"betas must be two numbers, got \[0.9\]"),
+        ({"optimiser.warmup_epochs": 3}, r"warmup_epochs must be in \[0, 2\], got 3"),
+        ({"optimiser.ema_decay": 1.0}, "ema_decay must be below 1"),
+        ({"mix.prob": 1.1}, r"\[mix\]: prob must be "),
+        ({"mix.mixup": -1.0}, "mixup must be "),
+        ({"run.seed": -1}, "seed must be in"),
+        ({"run.seed": 2**63}, "seed must be in"),
+        ({"run.precision": "float16"}, "precision must be one of 'float32', 'bfloat16', got 'float16'"),
+        ({"run.checkpointing": "yes"}, "checkpointing must be one of True, False, got 'yes'"),
+        ({"run.log_steps": 0}, "log_steps must be >= 1, got 0"),
+        ({"data.workers": -1}, "workers must be >= 0, got -1"),
+        ({"data.cache": "always"}, "cache must be one of 'auto', True, False, got 'always'"),
+        ({"data.train_split": 3}, "train_split must be a string, got 3"),
+        ({"augment.scale": [0.5, 0.2]}, "scale must be 0 < a <= b <= 1"),
+        ({"augment.auto_augment": "randaug"}, "auto_augment must be a policy of timm"),
+    ],
+)
+def test_what_cannot_be_meant(changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(RecipeError, match=what):
+        make_recipe(changes)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="recipe must be a file, there is none at"):
+        load_recipe(tmp_path / "none.toml")
+    with pytest.raises(FileNotFoundError, match="recipe must be a file"):
+        load_recipe(tmp_path)
+    path = tmp_path / "r.toml"
+    for content in (b"title = ", b"\xff\xfe\0", b"[model]\n[model]\n"):
+        path.write_bytes(content)
+        with pytest.raises(RecipeError, match=r"r.toml is not TOML: "):
+            load_recipe(path)
+    path.write_bytes(b"")
+    with pytest.raises(RecipeError, match=r"r.toml: title, model, optimiser must be given"):
+        load_recipe(path)
+    write_recipe(path, {**RECIPE, "run": {"sed": 1}})
+    with pytest.raises(RecipeError, match=r"r.toml: \[run\]: there is no 'sed'.*did you mean seed\?"):
+        load_recipe(path)
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.title
+    model = build_model(recipe, 10)
+    assert model.config.num_classes == 10
+    plan = make_plan(model, recipe.plan)
+    plan.start(model, recipe.loss)
+    optimiser = make_optimiser(model, recipe.optimiser)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(len(group["params"]) for group in optimiser.param_groups) == len(learning) > 0
+    # matrices decay, vectors, positions and the class token do not
+    spared = {id(each) for group in optimiser.param_groups if not group["weight_decay"] for each in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and recipe.optimiser.weight_decay:
+            vector = parameter.ndim < 2 or "pos_embed" in name or "cls_token" in name
+            assert (id(parameter) in spared) == vector, name
+    steps = 10
+    schedule = Schedule(optimiser, recipe.optimiser, steps)
+    rates = []
+    for step in range(recipe.optimiser.epochs * steps):
+        schedule.set(step)
+        rates.append(optimiser.param_groups[0]["lr"])
+        loss_of(model, plan.at(model, recipe.loss, step / (recipe.optimiser.epochs * steps)))
+    assert max(rates) <= recipe.optimiser.lr
+    assert rates[-1] < max(rates) or recipe.optimiser.schedule == "constant"
+    # a rate follows from the step alone
+    schedule.set(steps // 2)
+    assert optimiser.param_groups[0]["lr"] == rates[steps // 2]
+    for view in (train_view, eval_view):
+        assert view(model.config.img_size, recipe.augment).img_size == model.config.img_size
+
+
+def test_the_rates_of_a_cosine() -> None:
+    """timm's formula by hand: 1 epoch of warm-up in a line, then half a cosine over all of the steps."""
+    changes = {"optimiser.epochs": 4, "optimiser.warmup_epochs": 1, "optimiser.lr": 1.0}
+    recipe = make_recipe({**changes, "optimiser.warmup_lr": 0.0, "optimiser.min_lr": 0.0})
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.SGD([parameter], lr=1.0)
+    schedule = Schedule(optimiser, recipe.optimiser, 2)
+    rates = []
+    for step in (0, 1, 2, 4, 7):
+        schedule.set(step)
+        rates.append(optimiser.param_groups[0]["lr"])
+    half = [0.5 * (1 + torch.cos(torch.tensor(step * torch.pi / 8)).item()) for step in (2, 4, 7)]
+    # the cosine here is float32's
+    assert rates == pytest.approx([0.0, 0.5, *half], abs=2e-7)

@@ -42,9 +42,9 @@ def compute_loss(
     Gradients flow to the model's parameters. Runs under ``torch.autocast``; terms are float32 (float64 for float64).
     Works with gradients disabled, too: then it is a score.
 
-    Where ``torch.distributed`` is initialised and gradients are enabled, every process must call, with as many images. Terms that are no means
-    over images (A-ViT's prior, MT-ViT's cost and balance) are of the batch of all processes then, with gradients that
-    ``DistributedDataParallel`` averages into those of the whole batch.
+    Where ``torch.distributed`` is initialised and gradients are enabled, every process must call, with as many images.
+    Terms that are no means over images (A-ViT's prior, MT-ViT's cost and balance) are of the batch of all processes
+    then, with gradients that ``DistributedDataParallel`` averages into those of the whole batch.
     """
     module, chosen = loss_of(model, weights)
     model.check_images(images)

@@ -79,7 +79,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mtvit": ({"predictor_size": 16}, {"plan.temperature": [5.0, 0.5], "loss.cost_target": 0.9}),
     "mtvit-sparse": (
         {"predictor_size": 16},
-        {"loss.mode": "sparse", "loss.cost_target": 0.9, "plan.learn": "predictor"},
+        {"loss.mode": "sparse", "loss.cost_target": 0.9, "plan.predictor_only": 0.5},
     ),
 }
 

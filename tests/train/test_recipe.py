@@ -70,7 +70,7 @@ def test_changes_win_and_leave_their_source_alone(tmp_path: Path) -> None:
         ({"optimiser.batch_size": 5}, "batch_size must be even where images are mixed in pairs, got 5"),
         ({"optimiser.betas": 0.9}, "betas must be two numbers, got 0.9"),
         ({"optimiser.betas": [0.9]}, r"betas must be two numbers, got \[0.9\]"),
-        ({"optimiser.warmup_epochs": 3}, r"warmup_epochs must be in \[0, 2\], got 3"),
+        ({"optimiser.warmup_epochs": 3}, r"warmup_epochs must be in \[0.0, 2.0\], got 3"),
         ({"optimiser.ema_decay": 1.0}, "ema_decay must be below 1"),
         ({"mix.prob": 1.1}, r"\[mix\]: prob must be "),
         ({"mix.mixup": -1.0}, "mixup must be "),
@@ -121,7 +121,7 @@ def test_every_recipe_builds(path: Path) -> None:
     assert model.config.num_classes == 10
     plan = make_plan(model, recipe.plan)
     plan.start(model, recipe.loss)
-    optimiser = make_optimiser(model, recipe.optimiser)
+    optimiser = make_optimiser(model, recipe.optimiser, plan)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sum(len(group["params"]) for group in optimiser.param_groups) == len(learning) > 0
     # matrices decay, vectors, positions and the class token do not

@@ -84,7 +84,9 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--start", metavar="FILE", help="weights to begin with (default: seeded random ones)")
     train.add_argument("--reset-head", action="store_true", help="with --start: take everything but the classifier")
     train.add_argument("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    train.add_argument("--device", choices=("auto", "cpu"), default="auto", help="(default: %(default)s)")
+    train.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="auto: what Accelerate finds (default: %(default)s)"
+    )
     train.add_argument(
         "--set",
         dest="changes",
@@ -110,7 +112,9 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--precision", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)"
     )
-    evaluate.add_argument("--device", choices=("auto", "cpu"), default="auto", help="(default: %(default)s)")
+    evaluate.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="auto: what Accelerate finds (default: %(default)s)"
+    )
     evaluate.add_argument("--json", metavar="FILE", help="write the score to this file")
     evaluate.add_argument(
         "--set",

@@ -35,8 +35,6 @@ from mtvit_ops.train.loading import eval_batches
 from mtvit_ops.train.views import ViewOptions
 from mtvit_ops.weights import load_model
 
-DRAWS = 3  # of every control
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,6 +45,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8, help="of the timing (default: 8)")
     parser.add_argument("--sample", type=int, default=64, help="photographs timed (default: 64)")
     parser.add_argument("--rounds", type=int, default=15, help="timings of each model (default: 15)")
+    parser.add_argument("--draws", type=int, default=1, help="of every control (default: 1)")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     try:
@@ -94,8 +93,8 @@ def accuracies(options: argparse.Namespace, result: CompareResult) -> dict[str, 
         }
         if row.name != BASELINE:
             begin = time.monotonic()
-            draws = [right_at_random(model, batches, seed) / len(images) for seed in range(DRAWS)]
-            entry["random_top1"] = sum(draws) / DRAWS
+            draws = [right_at_random(model, batches, seed) / len(images) for seed in range(options.draws)]
+            entry["random_top1"] = sum(draws) / len(draws)
             entry["random_top1_draws"] = draws
             shown = f"{TITLES[row.name]}: top-1 {row.top1:.2%}, at random {entry['random_top1']:.2%}"
             print(f"{shown} ({time.monotonic() - begin:.0f} s)", flush=True)

@@ -72,7 +72,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "*At random*: the same model, as many tokens of every image in every block, or the same tails over all images,"
-        " but dealt at random (mean of three draws).",
+        " but dealt at random.",
         "",
     ]
     return "\n".join(lines)

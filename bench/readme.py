@@ -11,7 +11,11 @@ RESULTS = ROOT / "bench" / "results" / "cpu"
 
 def fill(readme: str) -> str:
     """The README with the newest tables."""
-    blocks = {"demo": f"```\n{(RESULTS / 'compare.txt').read_text().rstrip()}\n```", "bench": bench_tables()}
+    blocks = {
+        "demo": f"```\n{(RESULTS / 'compare.txt').read_text().rstrip()}\n```",
+        "accuracy": (RESULTS.parent / "accuracy" / "table.md").read_text().rstrip(),
+        "bench": bench_tables(),
+    }
     for name, text in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         readme, found = re.subn(pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme, flags=re.S)

@@ -47,7 +47,7 @@ def calibrate(model: VisionTransformer, images: Tensor, mac_ratio: float = 0.65)
     Raises:
         ValueError, TypeError: a dense model, no image, or a ratio outside (0, 1].
 
-    Runs the model some twenty times, an MT-ViT up to once for each image and pair of tails; waits for the device.
+    Runs the model some twenty times; waits for the device.
     """
     check_real("mac_ratio", mac_ratio, 0.0, 1.0, open_low=True)
     field = model.method.cost_field
@@ -68,8 +68,7 @@ def calibrate(model: VisionTransformer, images: Tensor, mac_ratio: float = 0.65)
 
     if isinstance(model.method, MTViT):
         _set(model, field, 0.0)
-        for value in _tail_weights(model, images):
-            ratio_at(value)
+        _search(ratio_at, _tail_weights(model, images), mac_ratio)
     elif field == "gate_center":
         far = _FAR * max(1.0, abs(model.method.config.gate_scale))
         _bisect(ratio_at, -far, far, mac_ratio, 0.0)
@@ -106,6 +105,19 @@ def _bisect(ratio_at: Callable[[float], float], low: float, high: float, target:
             low = middle
         else:
             high = middle
+
+
+def _search(ratio_at: Callable[[float], float], values: list[float], target: float) -> None:
+    """Try values on both sides of the target; they rise, and cost falls with them."""
+    low, high = 0, len(values) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if ratio_at(values[middle]) > target:
+            low = middle + 1
+        else:
+            high = middle
+    for index in (low - 1, low):
+        ratio_at(values[max(index, 0)])
 
 
 def _tail_weights(model: VisionTransformer, images: Tensor) -> list[float]:

@@ -1,4 +1,4 @@
-# make demo   set everything up, then four trained adaptive ViTs against the dense one on real photographs
+# make demo   set everything up, then four adaptive ViTs against the dense one on real photographs: trained ones, and DeiT-S
 # make test   set everything up, then the tests; Triton's kernels are interpreted on the CPU in a run of their own
 # make bench  set everything up, then the CPU benchmarks; BENCH=--smoke only proves that they run
 # make fuzz   set everything up, then the native operators under sanitizers with drawn arguments, SECONDS=600 long
@@ -29,7 +29,8 @@ TORCH ?= 2.11.0
 setup: $(VENV)/.built
 
 demo: setup
-	$(BIN)/mtvit-ops compare --trained checkpoints --out demo-output
+	$(BIN)/mtvit-ops compare --trained checkpoints --out demo-output/trained
+	$(BIN)/mtvit-ops compare --out demo-output
 
 test: setup
 	$(BIN)/python -m pytest tests -q -n 2 $(TESTS)

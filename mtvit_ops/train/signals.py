@@ -38,8 +38,9 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    # what was to be ignored, as nohup and shells have it for jobs in the background, stays so
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
     def handle(number: int, frame: FrameType | None) -> None:
         if request(number):
@@ -48,7 +49,7 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(each, handler)
         signal.raise_signal(number)
 
-    for number in numbers:
+    for number in before:
         signal.signal(number, handle)
     try:
         yield request

@@ -137,6 +137,7 @@ def with_worker(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("step", [1, 6, 9])
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(number: signal.Signals, step: int, whole: Path, data: Path, tmp_path: Path) -> None:
     before = signal.getsignal(number)

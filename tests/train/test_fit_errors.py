@@ -275,6 +275,15 @@ def test_exit_codes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "error: out must be a folder without a training" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_an_ignored_signal_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_requests() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal is None
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_request_that_is_sent_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("mtvit_ops.train.signals.time.monotonic", lambda: now)

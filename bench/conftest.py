@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 _ROOT = Path(__file__).parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT]
 
+from mtvit_ops._timm import allow_other_torchvision  # noqa: E402
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mtvit_ops bench")
@@ -37,16 +39,9 @@ def _threads(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 def timm() -> Any:
-    """timm, which needs two operator schemas that torchvision's CUDA build registers fakes for."""
-    if torch.version.cuda is None and "torchvision" not in sys.modules:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
+    """timm, also beside a PyTorch that its torchvision was not built for."""
+    allow_other_torchvision()
     return pytest.importorskip("timm", reason="the baseline is timm's ViT: pip install timm")
-
-
-_KEPT: list[torch.library.Library] = []
 
 
 @pytest.fixture

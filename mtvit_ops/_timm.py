@@ -14,18 +14,25 @@ def import_timm() -> ModuleType:
 
     Raises:
         ImportError: it is not installed; the message says how to get it.
-
-    torchvision's CUDA build registers fake kernels for two operators, whose schemas lie in a library that a CPU-only
-    PyTorch cannot load; the schemas alone let everything but these two operators work.
     """
-    if torch.version.cuda is None and "torchvision" not in sys.modules:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import_timm.keep = library  # type: ignore[attr-defined]  # schemas live as long as this object
+    allow_other_torchvision()
     try:
         import timm
     except ImportError as error:
         raise ImportError('training needs timm: pip install "mtvit_ops[train]"') from error
     return cast(ModuleType, timm)
+
+
+def allow_other_torchvision() -> None:
+    """Let torchvision's CUDA build be imported beside a CPU-only PyTorch.
+
+    It registers fake kernels for two operators, whose schemas lie in a library that such a PyTorch cannot load; the
+    schemas alone let everything but these two operators work.
+    """
+    if torch.version.cuda is not None or "torchvision" in sys.modules:
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    allow_other_torchvision.keep = library  # type: ignore[attr-defined]  # schemas live as long as this object

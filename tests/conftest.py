@@ -25,6 +25,7 @@ import mtvit_ops  # noqa: E402, F401
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 from mtvit_ops import _backend  # noqa: E402
+from mtvit_ops._timm import allow_other_torchvision  # noqa: E402
 
 # where each backend can run; Triton on the CPU is its interpreter, in a process of its own (see Makefile)
 PLACES = (
@@ -41,18 +42,7 @@ assert {name for name, _ in PLACES} == set(_backend.BACKENDS)
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-def _allow_cuda_torchvision() -> None:
-    """torchvision's CUDA build registers two fake kernels whose operators a CPU-only PyTorch cannot load."""
-    if torch.version.cuda is not None or "torchvision" in sys.modules:
-        return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _allow_cuda_torchvision.keep = library  # type: ignore[attr-defined]
-
-
-_allow_cuda_torchvision()
+allow_other_torchvision()
 
 
 def _refusal(name: str, device: str) -> str | None:

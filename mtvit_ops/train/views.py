@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._checks import check_count
 from .._timm import import_timm
 from ..photos import MEAN, STD
 from .images import ImageSet
@@ -121,10 +122,11 @@ def train_view(img_size: int, options: ViewOptions) -> View:
         ImportError: timm is not installed.
         TypeError, ValueError: ``img_size`` is no positive int, or timm refuses ``auto_augment``.
     """
+    check_count("img_size", img_size, 1)
     least_side = min(options.scale[0] * options.ratio[0], options.scale[0] / options.ratio[1]) ** 0.5
     try:
         transform = _timm_data().create_transform(
-            _checked_size(img_size),
+            img_size,
             is_training=True,
             scale=options.scale,
             ratio=options.ratio,
@@ -144,8 +146,9 @@ def train_view(img_size: int, options: ViewOptions) -> View:
 
 def eval_view(img_size: int, options: ViewOptions) -> View:
     """The centre of a picture, nothing drawn; arguments and errors as for ``train_view``."""
+    check_count("img_size", img_size, 1)
     transform = _timm_data().create_transform(
-        _checked_size(img_size),
+        img_size,
         is_training=False,
         interpolation="bicubic" if options.interpolation == "random" else options.interpolation,
         crop_pct=options.crop_pct,
@@ -170,7 +173,7 @@ class TrainViews(Dataset[tuple[Tensor, int, int]]):
 
     def __init__(self, images: ImageSet, view: View, seed: int) -> None:
         self.images, self._view, self._seed = images, view, seed
-        np.random.SeedSequence(_checked_seed(seed))
+        check_count("seed", seed, 0)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -242,22 +245,6 @@ def _timm_data() -> Any:
     import timm.data
 
     return timm.data
-
-
-def _checked_size(img_size: int) -> int:
-    if not isinstance(img_size, int) or isinstance(img_size, bool):
-        raise TypeError(f"img_size must be an int, got {type(img_size).__name__}")
-    if img_size < 1:
-        raise ValueError(f"img_size must be at least 1, got {img_size}")
-    return img_size
-
-
-def _checked_seed(seed: int) -> int:
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
-    return seed
 
 
 def _number(name: str, value: Any) -> float:

@@ -23,7 +23,8 @@ _COMPARE_TEXT = """\
 Run the dense vision transformer and four adaptive ones on photographs.
 
 Each adaptive method gets the dense model's weights and is calibrated to the
-same share of its multiply-accumulates (--mac-ratio). Before anything is timed,
+same share of its multiply-accumulates (--mac-ratio); with --trained each has
+weights and a cost of its own, and --size is not read. Before anything is timed,
 each is checked: removing tokens must give what masking them gives, and an image
 in a batch what it gives alone. Then all models are timed in turn, and one table
 says what the saving on paper is worth on the clock. With --out, pictures show

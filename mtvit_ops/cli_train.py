@@ -29,7 +29,7 @@ examples:
   halting, from that model:
     mtvit-ops train recipes/imagenette_micro_avit.toml \\
         --data imagenette.zip --out runs/avit \\
-        --start runs/dense/best.safetensors
+        --from runs/dense/best.safetensors
   go on after an interruption:
     mtvit-ops train ... --out runs/avit --resume
   another seed, for two epochs only:
@@ -81,8 +81,10 @@ def add_commands(commands: Any) -> None:
     train.add_argument("recipe", metavar="RECIPE", help="a TOML file")
     train.add_argument("--data", required=True, metavar="DIR|ZIP", help="the images, in the layout above")
     train.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
-    train.add_argument("--start", metavar="FILE", help="weights to begin with (default: seeded random ones)")
-    train.add_argument("--reset-head", action="store_true", help="with --start: take everything but the classifier")
+    train.add_argument(
+        "--from", dest="start", metavar="FILE", help="weights to begin with (default: seeded random ones)"
+    )
+    train.add_argument("--reset-head", action="store_true", help="with --from: take everything but the classifier")
     train.add_argument("--resume", action="store_true", help="go on from the state in --out, if there is one")
     train.add_argument(
         "--device", choices=("auto", "cpu"), default="auto", help="auto: what Accelerate finds (default: %(default)s)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from distributed_cases import CASES, run_case
+from torch.distributed.run import get_args_parser
 from train_cases import RECIPE, STEPS, VAL_IMAGES, StopsAt, make_data, make_recipe, records, write_recipe
 
+from mtvit_ops.cli_train import add_commands
 from mtvit_ops.train.fit import StoppedError, train
 from mtvit_ops.train.state import load_state
 from mtvit_ops.weights import load_model
@@ -111,3 +114,15 @@ def test_a_signal_to_the_launcher_saves_first_and_one_process_goes_on(data: Path
     assert [record["step"] for record in found] == list(range(1, step + 4))
     for one, other in zip(wanted, found, strict=True):
         assert_close(one, other, one["step"])
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_torchrun_takes_no_option_of_ours_for_its_own(name: str) -> None:
+    commands = argparse.ArgumentParser().add_subparsers()
+    add_commands(commands)
+    own = [option for action in commands.choices[name]._actions for option in action.option_strings if len(option) > 2]
+    assert own
+    for option in own:
+        words = ["mtvit_ops", name, "FILE", option, "VALUE"]
+        found = get_args_parser().parse_args(["--nproc-per-node", "2", "-m", *words])
+        assert [found.training_script, *found.training_script_args] == words

@@ -29,8 +29,8 @@ def allow_other_torchvision() -> None:
     It registers fake kernels for two operators, whose schemas lie in a library that such a PyTorch cannot load; the
     schemas alone let everything but these two operators work.
     """
-    if torch.version.cuda is not None or "torchvision" in sys.modules:
-        return
+    if torch.version.cuda is not None or "torchvision" in sys.modules or hasattr(allow_other_torchvision, "keep"):
+        return  # a second library would take the first one's place, and the first one's schemas with it
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):

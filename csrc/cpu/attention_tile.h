@@ -152,11 +152,10 @@ void attention_blocks(const AttentionTask& t) {
         float top;
         const float total = softmax_row(logits + i * lds, columns, bias, tail, &top);
         inverse[i] = total == 0.0f ? 0.0f : 1.0f / total;
-        t.lse[(row + i) * t.lse_stride] =
-            total == 0.0f ? -__builtin_inff() : float(double(top) * kLn2 + double(__builtin_logf(total)));
+        t.lse[row + i] = total == 0.0f ? -__builtin_inff() : float(double(top) * kLn2 + double(__builtin_logf(total)));
       }
       if (t.class_row && row == 0) {
-        for (int64_t j = 0; j < nk; ++j) t.class_row[j * t.class_stride] = logits[j] * inverse[0];
+        for (int64_t j = 0; j < nk; ++j) t.class_row[j] = logits[j] * inverse[0];
       }
       if (sums) {
         int64_t j = 0;

@@ -45,7 +45,7 @@ struct AttentionTask {
   float* class_row;       // (nk,): probabilities of the first query, or null
   float* block_sums;      // (blocks, round_up(nk, kMaxWidth)): column sums of each block's probabilities, or null
   float* scratch;         // scratch_floats(nk, d, dv) floats, 64-byte aligned
-  int64_t q_stride, k_stride, v_stride, out_stride, lse_stride, bias_stride, class_stride;
+  int64_t q_stride, k_stride, v_stride, out_stride, bias_stride;
   int64_t nq, nk, d, dv;  // nq > 0 and nk > 0
   int64_t block_begin, block_end;
   float scale;

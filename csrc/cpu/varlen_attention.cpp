@@ -3,7 +3,7 @@
 // B images, image b with queries cu_seqlens_q[b] to [b + 1] and keys cu_seqlens_k[b] to [b + 1], H heads.
 //   q (Tq, H, d), k (Tk, H, d), v (Tk, H, dv); out (Tq, H, dv), lse (Tq, H), scores (Tk, H) or (0, H)
 // Any of B, H, d, dv, a length or the slack behind the last image may be 0. No keys: out 0, lse -inf.
-// Threads write disjoint parts, so nothing on the data is atomic and the result depends on no thread count.
+// Threads write disjoint parts, in an order that changes no sum: the result depends on no thread count.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -43,10 +43,6 @@ struct Problem {
   int64_t nk(int64_t image) const { return cu_k[image + 1] - cu_k[image]; }
 };
 
-bool is_whole(const Problem& p, const Item& item) {
-  return item.begin == 0 && item.end == num_blocks(p.nq(item.image));
-}
-
 // Whole heads where there are enough of them; else queries are split so that each thread has about three items.
 std::vector<Item> plan(const Problem& p, int64_t threads) {
   int64_t total = 0;
@@ -78,23 +74,74 @@ struct Outputs {
   float *lse, *scores;
   const float* bias;
   int64_t bias_token, bias_head;  // strides
-  float* sums;                    // block sums of every image and head
-  std::vector<int64_t> sums_of;   // where those of an image begin
 };
 
-// Block sums, in the order of the blocks, to column means.
-void finish_means(const Problem& p, const Outputs& o, int64_t image, int64_t head) {
-  const int64_t nq = p.nq(image), nk = p.nk(image), blocks = num_blocks(nq), row = round_up(nk, kMaxWidth);
-  const float share = 1.0f / static_cast<float>(nq);
-  float* sums = o.sums + o.sums_of[image] + head * blocks * row;
-  for (int64_t b = 1; b < blocks; ++b) {
-    for (int64_t j = 0; j < row; ++j) sums[j] += sums[b * row + j];
+// One number a token and head, head by head, until an image is done: beside each other in lse and scores, the heads of
+// a token share a cache line, which two threads would take from each other with every store.
+class ByHead {
+ public:
+  ByHead(const Problem& p, Scores mode, const std::vector<Item>& items)
+      : p_(p), mode_(mode), left_(new std::atomic<int32_t>[static_cast<size_t>(p.batch)]) {
+    int64_t floats = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      left_[static_cast<size_t>(b)].store(0, std::memory_order_relaxed);
+      begins_.push_back(floats);
+      floats += p.heads * (lse_row(b) + score_rows(b) * key_row(b));
+    }
+    for (const Item& item : items) left_[static_cast<size_t>(item.image)].fetch_add(1, std::memory_order_relaxed);
+    memory_ = allocate(floats);
   }
-  float* to = o.scores + p.cu_k[image] * p.heads + head;
-  for (int64_t j = 0; j < nk; ++j) to[j * p.heads] = sums[j] * share;
-}
 
-void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Item& item) {
+  float* lse(int64_t image, int64_t head) const { return of(image) + head * lse_row(image); }
+  // class: one row; mean: one a block of queries
+  float* scores(int64_t image, int64_t head) const {
+    return of(image) + p_.heads * lse_row(image) + head * score_rows(image) * key_row(image);
+  }
+
+  // To be called after each item: who does an image's last one writes its results.
+  void done(const Item& item, const Outputs& o) {
+    if (left_[static_cast<size_t>(item.image)].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    const int64_t b = item.image, nk = p_.nk(b);
+    deal(lse(b, 0), lse_row(b), p_.nq(b), o.lse + p_.cu_q[b] * p_.heads);
+    if (mode_ == kNone) return;
+    if (mode_ == kMean) {
+      for (int64_t h = 0; h < p_.heads; ++h) average(scores(b, h), score_rows(b), key_row(b), nk, p_.nq(b));
+    }
+    deal(scores(b, 0), score_rows(b) * key_row(b), nk, o.scores + p_.cu_k[b] * p_.heads);
+  }
+
+ private:
+  int64_t lse_row(int64_t image) const { return round_up(p_.nq(image), kMaxWidth); }
+  int64_t key_row(int64_t image) const { return round_up(p_.nk(image), kMaxWidth); }
+  int64_t score_rows(int64_t image) const {
+    return mode_ == kNone ? 0 : mode_ == kClass ? 1 : num_blocks(p_.nq(image));
+  }
+  float* of(int64_t image) const { return memory_.get() + begins_[static_cast<size_t>(image)]; }
+
+  // Block sums, in the order of the blocks, to column means in the first row.
+  static void average(float* sums, int64_t rows, int64_t row, int64_t keys, int64_t queries) {
+    const float share = 1.0f / static_cast<float>(queries);
+    for (int64_t r = 1; r < rows; ++r) {
+      for (int64_t j = 0; j < keys; ++j) sums[j] += sums[r * row + j];
+    }
+    for (int64_t j = 0; j < keys; ++j) sums[j] *= share;
+  }
+
+  // (H, tokens), `row` apart, to (tokens, H).
+  void deal(const float* from, int64_t row, int64_t tokens, float* to) const {
+    for (int64_t j = 0; j < tokens; ++j) {
+      for (int64_t h = 0; h < p_.heads; ++h) *to++ = from[h * row + j];
+    }
+  }
+
+  const Problem& p_;
+  Scores mode_;
+  Buffer memory_;
+  std::vector<int64_t> begins_;
+  std::unique_ptr<std::atomic<int32_t>[]> left_;  // items to be done yet
+};
+
+void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Item& item, ByHead& by_head) {
   const int64_t b = item.image, h = item.head, first_q = p.cu_q[b], first_k = p.cu_k[b];
   const auto at = [&](const View& t, int64_t token) {
     return static_cast<const char*>(t.data) + (token * t.token + h * t.head) * static_cast<int64_t>(p.element);
@@ -105,19 +152,18 @@ void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Ite
   t.k = at(p.k, first_k);
   t.v = at(p.v, first_k);
   t.out = o.out + (first_q * p.heads + h) * p.dv * p.element;
-  t.lse = o.lse + first_q * p.heads + h;
+  t.lse = by_head.lse(b, h);
   t.bias = o.bias ? o.bias + first_k * o.bias_token + h * o.bias_head : nullptr;
   t.nq = p.nq(b);
   t.nk = p.nk(b);
   t.d = p.d;
   t.dv = p.dv;
-  if (mode == kClass) t.class_row = o.scores + first_k * p.heads + h;
-  if (mode == kMean) t.block_sums = o.sums + o.sums_of[b] + h * num_blocks(t.nq) * round_up(t.nk, kMaxWidth);
+  if (mode == kClass) t.class_row = by_head.scores(b, h);
+  if (mode == kMean) t.block_sums = by_head.scores(b, h);
   t.q_stride = p.q.token;
   t.k_stride = p.k.token;
   t.v_stride = p.v.token;
   t.out_stride = p.heads * p.dv;
-  t.lse_stride = t.class_stride = p.heads;
   t.bias_stride = o.bias_token;
   t.block_begin = item.begin;
   t.block_end = item.end;
@@ -125,7 +171,7 @@ void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Ite
   Buffer large;
   t.scratch = thread_scratch(scratch_floats(t.nk, t.d, t.dv), large);
   o.native->attention(t);
-  if (mode == kMean && is_whole(p, item)) finish_means(p, o, b, h);
+  by_head.done(item, o);
 }
 
 // What no item writes: images without a key or without a query, and the slack behind the last image.
@@ -167,31 +213,19 @@ Attended attend(const Problem& p, const Tensor& like, double scale, const std::o
   o.out = mutable_data<char>(out);
   o.lse = mutable_data<float>(lse);
   o.scores = mutable_data<float>(token_scores);
-  Buffer sums;
-  if (mode == kMean) {
-    int64_t floats = 0;
-    for (int64_t b = 0; b < p.batch; ++b) {
-      o.sums_of.push_back(floats);
-      floats += p.heads * num_blocks(p.nq(b)) * round_up(p.nk(b), kMaxWidth);
-    }
-    sums = allocate(floats);
-    o.sums = sums.get();
-  }
   int64_t work = 0;  // multiplications
   for (int64_t b = 0; b < p.batch; ++b) work += p.nq(b) * p.nk(b) * p.heads * (p.d + p.dv);
   constexpr int64_t kWorthThreads = 1 << 19;  // under some 5 microseconds, waking a thread costs more than it does
   const int64_t threads = work < kWorthThreads ? 1 : torch::stable::get_num_threads();
   const std::vector<Item> items = plan(p, threads);
   const auto count = static_cast<int64_t>(items.size());
+  ByHead by_head(p, mode, items);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      run(p, o, mode, static_cast<float>(scale), items[static_cast<size_t>(i)]);
+      run(p, o, mode, static_cast<float>(scale), items[static_cast<size_t>(i)], by_head);
     }
   });
-  for (const Item& item : items) {
-    if (mode == kMean && item.begin == 0 && !is_whole(p, item)) finish_means(p, o, item.image, item.head);
-  }
   fill_rest(p, o, mode);
   return {out, lse, token_scores};
 }

@@ -78,6 +78,13 @@ class RaggedTokens(NamedTuple):
         x = packed if self.rows is None else self.x.index_put((self.rows.long(),), packed)
         return RaggedTokens(x, self.rows, self.cu_seqlens, self.max_seqlen, self.num_prefix_tokens)
 
+    def per_token(self, values: Tensor) -> Tensor:
+        """An image's value at each of its tokens, (B,) to (T, 1); dead entries take any. No device synchronisation."""
+        # not repeat_interleave: that one asks the device for the length, or wants a list without dead entries
+        tokens = torch.arange((self.x if self.rows is None else self.rows).shape[0], device=values.device)
+        image = torch.searchsorted(self.cu_seqlens[1:], tokens.to(torch.int32), right=True)
+        return values[image.clamp_max(self.num_images - 1), None]
+
     def select(self, selection: TokenSelection, max_seqlen: int | None = None) -> RaggedTokens:
         """The same tokens with a shorter list; ``max_seqlen`` tightens the bound where the host knows a tighter one."""
         bound = self.max_seqlen if max_seqlen is None else max_seqlen

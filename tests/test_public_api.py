@@ -69,6 +69,7 @@ SURFACE = {
         "ViTConfig",
         "VisionTransformer",
         "checkpointed_twin",
+        "drop_path_twin",
         "masked_twin",
         "pack_weights",
         "unpack_weights",

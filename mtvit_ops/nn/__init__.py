@@ -3,6 +3,7 @@
 from .attention import Attention
 from .block import Block
 from .checkpointed import checkpointed_twin
+from .drop_path import drop_path_twin
 from .linear import PackedLinear, pack_weights, unpack_weights
 from .masked import masked_twin
 from .method import Method
@@ -22,6 +23,7 @@ __all__ = [
     "ViTConfig",
     "VisionTransformer",
     "checkpointed_twin",
+    "drop_path_twin",
     "masked_twin",
     "pack_weights",
     "unpack_weights",

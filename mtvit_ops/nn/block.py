@@ -53,39 +53,49 @@ class Block(nn.Module):
         scores: Literal["class", "mean"] | None = None,
         inplace: bool = False,
         ragged: bool = False,
+        image_scale: Tensor | None = None,
     ) -> Attended:
         """The attention half on the live tokens.
 
         ``inplace`` writes into ``tokens.x``: for inference by whoever owns it. ``ragged`` says that only the device
-        knows how many tokens live.
+        knows how many tokens live. ``image_scale`` (B,), float32 or wider, multiplies what an image's tokens gain.
         """
         attn = self.attn
-        if inplace and key_bias is None and type(attn) is Attention:
+        if inplace and key_bias is None and image_scale is None and type(attn) is Attention:
             given = attention_half_(self, tokens, SCORES[scores])
             if given is not None:
                 return Attended(tokens, None if scores is None else given, None)
         normed = _normed(tokens, self.norm1)
         if ragged and type(attn) is Attention and ragged_block.serves(tokens, attn.qkv, attn.proj):
-            return Attended(*ragged_block.attend(self, tokens, normed, key_bias, scores, inplace), None)
+            return Attended(*ragged_block.attend(self, tokens, normed, key_bias, scores, inplace, image_scale), None)
         y, received = attn(normed, tokens.cu_seqlens, tokens.max_seqlen, key_bias, scores)
+        if image_scale is not None:
+            y = _scaled(tokens, y, image_scale)
         if _backend.triton_serves(y.device.type) and y.dtype is tokens.x.dtype and is_plain_norm(self.norm2):
             return _added_and_normed(tokens, y, self.norm2, inplace, received)
         return Attended(_added(tokens, y, inplace), received, None)
 
     def feed_forward(
-        self, tokens: RaggedTokens, *, inplace: bool = False, ragged: bool = False, normed: Tensor | None = None
+        self,
+        tokens: RaggedTokens,
+        *,
+        inplace: bool = False,
+        ragged: bool = False,
+        normed: Tensor | None = None,
+        image_scale: Tensor | None = None,
     ) -> RaggedTokens:
-        """The MLP half on the live tokens; ``inplace`` and ``ragged`` as in ``attend``, whose ``normed`` saves work
-        where these are still the tokens it gave.
+        """The MLP half on the live tokens; ``inplace``, ``ragged`` and ``image_scale`` as in ``attend``, whose
+        ``normed`` saves work where these are still the tokens it gave.
         """
         mlp = self.mlp
-        if inplace and type(mlp) is Mlp and feed_forward_half_(self, tokens):
+        if inplace and image_scale is None and type(mlp) is Mlp and feed_forward_half_(self, tokens):
             return tokens
         if normed is None:
             normed = _normed(tokens, self.norm2)
         if ragged and type(mlp) is Mlp and ragged_block.serves(tokens, mlp.fc1, mlp.fc2):
-            return ragged_block.feed_forward(self, tokens, normed, inplace)
-        return _added(tokens, mlp(normed), inplace)
+            return ragged_block.feed_forward(self, tokens, normed, inplace, image_scale)
+        y = mlp(normed)
+        return _added(tokens, y if image_scale is None else _scaled(tokens, y, image_scale), inplace)
 
 
 class Attended(NamedTuple):
@@ -114,6 +124,12 @@ def _added_and_normed(
         return Attended(tokens, received, SCATTER_RESIDUAL_LAYER_NORM_INPLACE(*arguments))
     x, normed, _, _ = SCATTER_RESIDUAL_LAYER_NORM(*arguments)
     return Attended(tokens._replace(x=x), received, normed)
+
+
+def _scaled(tokens: RaggedTokens, y: Tensor, image_scale: Tensor) -> Tensor:
+    """``y`` (T, D) times its image's factor, in the dtype of the residual stream."""
+    # not the residual's own scale: with one it keeps y for the gradient
+    return (y * tokens.per_token(image_scale)).to(tokens.x.dtype)
 
 
 def _added(tokens: RaggedTokens, y: Tensor, inplace: bool) -> RaggedTokens:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ragged import RaggedTokens
 from .block import Attended, Block
+from .drop_path import inside_drop_path
 from .vision_transformer import VisionTransformer
 
-# nothing in a block is random
+# nothing in here is random: what drop-path draws comes from outside
 CHECKPOINT_OPTIONS: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
@@ -39,20 +40,28 @@ class CheckpointedBlock(nn.Module):
         scores: Literal["class", "mean"] | None = None,
         inplace: bool = False,
         ragged: bool = False,
+        image_scale: Tensor | None = None,
     ) -> Attended:
-        if not torch.is_grad_enabled():
-            return self.block.attend(tokens, key_bias=key_bias, scores=scores, inplace=inplace, ragged=ragged)
         half = partial(self.block.attend, scores=scores, ragged=ragged)
-        attended = checkpoint(half, tokens, key_bias=key_bias, **CHECKPOINT_OPTIONS)
+        if not torch.is_grad_enabled():
+            return half(tokens, key_bias=key_bias, inplace=inplace, image_scale=image_scale)
+        attended = checkpoint(half, tokens, key_bias=key_bias, image_scale=image_scale, **CHECKPOINT_OPTIONS)
         # the norm behind it is not kept either
         return Attended(attended.tokens, attended.scores, None)
 
     def feed_forward(
-        self, tokens: RaggedTokens, *, inplace: bool = False, ragged: bool = False, normed: Tensor | None = None
+        self,
+        tokens: RaggedTokens,
+        *,
+        inplace: bool = False,
+        ragged: bool = False,
+        normed: Tensor | None = None,
+        image_scale: Tensor | None = None,
     ) -> RaggedTokens:
+        half = partial(self.block.feed_forward, ragged=ragged)
         if not torch.is_grad_enabled():
-            return self.block.feed_forward(tokens, inplace=inplace, ragged=ragged, normed=normed)
-        return checkpoint(partial(self.block.feed_forward, ragged=ragged), tokens, **CHECKPOINT_OPTIONS)
+            return half(tokens, inplace=inplace, normed=normed, image_scale=image_scale)
+        return checkpoint(half, tokens, image_scale=image_scale, **CHECKPOINT_OPTIONS)
 
 
 def checkpointed_twin(model: VisionTransformer) -> VisionTransformer:
@@ -66,5 +75,5 @@ def checkpointed_twin(model: VisionTransformer) -> VisionTransformer:
     """
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
-    twin.blocks = nn.ModuleList(CheckpointedBlock(cast(Block, block)) for block in model.blocks)
+    twin.blocks = nn.ModuleList(inside_drop_path(block, CheckpointedBlock) for block in model.blocks)
     return twin

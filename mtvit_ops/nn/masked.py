@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..ragged import RaggedTokens
 from .block import Attended, Block
+from .drop_path import inside_drop_path
 from .vision_transformer import VisionTransformer
 
 
@@ -34,25 +35,32 @@ class MaskedBlock(nn.Module):
         scores: Literal["class", "mean"] | None = None,
         inplace: bool = False,
         ragged: bool = False,
+        image_scale: Tensor | None = None,
     ) -> Attended:
         if tokens.rows is None:
-            return self.block.attend(tokens, key_bias=key_bias, scores=scores)
+            return self.block.attend(tokens, key_bias=key_bias, scores=scores, image_scale=image_scale)
         everyone, alive, rows, live = _everyone(tokens)
         bias = torch.zeros_like(alive, dtype=tokens.x.dtype).masked_fill(~alive, -torch.inf)
         if key_bias is not None:
             bias = bias.index_add(0, rows, key_bias.where(live, 0.0))
-        after, received, _ = self.block.attend(everyone, key_bias=bias, scores=scores)
+        after, received, _ = self.block.attend(everyone, key_bias=bias, scores=scores, image_scale=image_scale)
         x = torch.where(alive[:, None], after.x, tokens.x)
         kept = None if received is None else received[rows].where(live[:, None], 0.0)
         return Attended(tokens._replace(x=x), kept, None)
 
     def feed_forward(
-        self, tokens: RaggedTokens, *, inplace: bool = False, ragged: bool = False, normed: Tensor | None = None
+        self,
+        tokens: RaggedTokens,
+        *,
+        inplace: bool = False,
+        ragged: bool = False,
+        normed: Tensor | None = None,
+        image_scale: Tensor | None = None,
     ) -> RaggedTokens:
         if tokens.rows is None:
-            return self.block.feed_forward(tokens, normed=normed)
+            return self.block.feed_forward(tokens, normed=normed, image_scale=image_scale)
         everyone, alive, _, _ = _everyone(tokens)
-        after = self.block.feed_forward(everyone)
+        after = self.block.feed_forward(everyone, image_scale=image_scale)
         return tokens._replace(x=torch.where(alive[:, None], after.x, tokens.x))
 
 
@@ -66,7 +74,7 @@ def masked_twin(model: VisionTransformer) -> VisionTransformer:
     """
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
-    twin.blocks = nn.ModuleList(MaskedBlock(cast(Block, block)) for block in model.blocks)
+    twin.blocks = nn.ModuleList(inside_drop_path(block, MaskedBlock) for block in model.blocks)
     return twin
 
 

@@ -31,6 +31,7 @@ def attend(
     key_bias: Tensor | None,
     scores: Literal["class", "mean"] | None,
     inplace: bool,
+    image_scale: Tensor | None,  # (B,)
 ) -> tuple[RaggedTokens, Tensor | None]:
     """The attention half behind its layer norm."""
     attn, offsets, longest = block.attn, tokens.cu_seqlens, tokens.max_seqlen
@@ -38,16 +39,22 @@ def attend(
     out, _, received = VARLEN_ATTENTION(
         *qkv.unbind(1), offsets, offsets, longest, longest, attn.scale, key_bias, SCORES[scores]
     )
-    return _added(tokens, out.flatten(1), attn.proj, inplace), None if scores is None else received.detach()
+    added = _added(tokens, out.flatten(1), attn.proj, inplace, image_scale)
+    return added, None if scores is None else received.detach()
 
 
-def feed_forward(block: Block, tokens: RaggedTokens, normed: Tensor, inplace: bool) -> RaggedTokens:
+def feed_forward(
+    block: Block, tokens: RaggedTokens, normed: Tensor, inplace: bool, image_scale: Tensor | None
+) -> RaggedTokens:
     """The MLP half behind its layer norm."""
     fc1, fc2 = block.mlp.fc1, block.mlp.fc2
     hidden = ragged_linear(normed, fc1.weight, fc1.bias, tokens.cu_seqlens, activation="gelu")
-    return _added(tokens, hidden, fc2, inplace)
+    return _added(tokens, hidden, fc2, inplace, image_scale)
 
 
-def _added(tokens: RaggedTokens, a: Tensor, layer: nn.Linear, inplace: bool) -> RaggedTokens:
+def _added(
+    tokens: RaggedTokens, a: Tensor, layer: nn.Linear, inplace: bool, image_scale: Tensor | None
+) -> RaggedTokens:
     add = ragged_linear_residual_ if inplace else ragged_linear_residual
-    return tokens._replace(x=add(tokens.x, tokens.rows, a, layer.weight, layer.bias, tokens.cu_seqlens))
+    scale = None if image_scale is None else tokens.per_token(image_scale)
+    return tokens._replace(x=add(tokens.x, tokens.rows, a, layer.weight, layer.bias, tokens.cu_seqlens, scale))

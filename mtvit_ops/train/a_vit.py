@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from .._checks import check_choice, check_count, check_real
 from ..nn import VisionTransformer
 from ..nn.checkpointed import CHECKPOINT_OPTIONS, CheckpointedBlock
+from ..nn.drop_path import DropPathBlock
 from ..nn.masked import MaskedBlock
 from ._process_mean import process_mean
 from ._task import task_loss
@@ -170,17 +171,37 @@ def halting_prior(depth: int, target_depth: int, like: Tensor) -> Tensor:
     return density * (SCORE_AT_TARGET / density[:target_depth].sum())
 
 
-def _masked_block(block: Any, x: Tensor, alive: Tensor, offsets: Tensor, length: int) -> Tensor:
-    """A block on all rows (R, D), of which those not alive (R,) count as 0, give nothing and gain what they may."""
+def _masked_block(
+    block: Any,
+    x: Tensor,
+    alive: Tensor,
+    offsets: Tensor,
+    length: int,
+    image_scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """A block on all rows (R, D), of which those not alive (R,) count as 0, give nothing and gain what they may;
+    ``image_scales``, (B,) each, multiply what the images gain by attention and by the MLP."""
+    if isinstance(block, DropPathBlock):
+        batch = len(offsets) - 1
+        scales = (block.draw(x, batch), block.draw(x, batch)) if block.training else None
+        return _masked_block(block.block, x, alive, offsets, length, scales)
     if isinstance(block, CheckpointedBlock):
-        return checkpoint(_masked_block, block.block, x, alive, offsets, length, **CHECKPOINT_OPTIONS)
+        return checkpoint(_masked_block, block.block, x, alive, offsets, length, image_scales, **CHECKPOINT_OPTIONS)
     if isinstance(block, MaskedBlock):  # this masks by itself
-        return _masked_block(block.block, x, alive, offsets, length)
+        return _masked_block(block.block, x, alive, offsets, length, image_scales)
     mask = alive[:, None]
     bias = HALTED_KEY_BIAS * (~alive).float()
     x = x + (x.where(mask, 0.0) - x).detach()
     # no gradient reaches a halted token from behind a norm: only the residual goes straight through
     z = block.norm1(x).where(mask, 0.0)
-    x = x + block.attn(z, offsets, length, bias)[0].to(x.dtype)
+    y = block.attn(z, offsets, length, bias)[0]
+    x = x + _scaled(y, length, image_scales and image_scales[0]).to(x.dtype)
     z = block.norm2(x).where(mask, 0.0)
-    return x + block.mlp(z).to(x.dtype)
+    return x + _scaled(block.mlp(z), length, image_scales and image_scales[1]).to(x.dtype)
+
+
+def _scaled(y: Tensor, length: int, image_scale: Tensor | None) -> Tensor:
+    """``y`` (R, D), ``length`` rows an image, times its image's factor (B,)."""
+    if image_scale is None:
+        return y
+    return (y.unflatten(0, (-1, length)) * image_scale[:, None, None]).flatten(0, 1)

@@ -24,7 +24,8 @@ def compute_loss(
     """Run a model as its method trains, and weigh what the method minimises.
 
     Args:
-        model: of ``create_model``, or a twin of one (``nn.checkpointed_twin``, ``nn.masked_twin``).
+        model: of ``create_model``, or a twin of one (``nn.checkpointed_twin``, ``nn.drop_path_twin``,
+            ``nn.masked_twin``).
         images: (B, in_chans, img_size, img_size), dtype and device of the weights, B >= 1.
         target: class indices, (B,), int64, in [0, num_classes); or soft targets, (B, num_classes), any float dtype.
         weights: fields of the method's own dataclass, by name: ``DenseLoss``, ``AViTLoss``, ``EvoViTLoss``,

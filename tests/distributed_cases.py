@@ -19,6 +19,7 @@ NO_MIX = {"mix": {}, "loss.label_smoothing": 0.1}
 CASES: dict[str, dict[str, Any]] = {
     "dense, mixed": {**MIX},
     "dense, paired by nothing": {**NO_MIX},
+    "dense, repeated views": {**MIX, "augment.repeats": 3, "augment.reprob": 0.5},
     # halted tokens are removed: each process has as many as its images keep
     "A-ViT, uneven": {**MIX, "model": A_VIT, "loss.distribution": 0.0, "loss.ponder": 0.05},
     # a term that is no mean over images

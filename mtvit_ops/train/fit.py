@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn import VisionTransformer, checkpointed_twin
+from ..nn import VisionTransformer, checkpointed_twin, drop_path_twin
 from ..progress import Progress
 from ..weights import ModelInfo, save_model
 from .build import build_model
@@ -148,6 +148,7 @@ class _Run:
             processes.rank,
             processes.world_size,
             recipe.mix.mixes,
+            recipe.augment.repeats,
         )
         torch.manual_seed(recipe.run.seed)
         model = build_model(recipe, len(train_set.classes), start if state is None else None, reset_head)
@@ -159,8 +160,10 @@ class _Run:
         self.device_views = DeviceViews(recipe.augment) if recipe.data.augment_on == "device" else None
         self.mixing = Mixing(recipe.mix, len(train_set.classes)) if recipe.mix.mixes else None
         optimiser = make_optimiser(model, options, self.plan)
-        objective = _Objective(checkpointed_twin(model) if recipe.run.checkpointing else model)
-        self.objective, self.optimiser = processes.prepare(objective, optimiser)
+        learner = checkpointed_twin(model) if recipe.run.checkpointing else model
+        if recipe.regularise.drop_path:
+            learner = drop_path_twin(learner, recipe.regularise.drop_path)
+        self.objective, self.optimiser = processes.prepare(_Objective(learner), optimiser)
         self.schedule = Schedule(optimiser, options, self.order.steps)
         self.total = options.epochs * self.order.steps
         self.step, self.best, self.seconds = 0, None if state is None else state.best, 0.0

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files import write_atomically
 from .images import ImageSet
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError, load_recipe
 from .state import TrainError, TrainState, load_state
 
 STATE, BEST, LAST, RECIPE = "state.pt", "best.safetensors", "last.safetensors", "recipe.json"
@@ -34,9 +34,17 @@ def find_state(out: Path, recipe: Recipe, resume: bool) -> TrainState | None:
     if not path.exists():
         return None
     state = load_state(path)
-    for place, was, now in _differences(state.recipe, recipe.to_dict()):
+    for place, was, now in _differences(_in_full(state.recipe), recipe.to_dict()):
         raise TrainError(f"{path} is of another recipe: {place} was {was!r} and is {now!r}")
     return state
+
+
+def _in_full(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the defaults of options that there were not yet when it was written down."""
+    try:
+        return load_recipe(recipe).to_dict()
+    except RecipeError:  # it has some that there are no more: that is told as a difference
+        return recipe
 
 
 def _differences(was: Any, now: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:

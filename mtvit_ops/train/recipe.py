@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from .._checks import check_choice, check_count, check_real
+from ..nn.drop_path import check_drop_path
 from .views import ViewOptions
 
 if sys.version_info >= (3, 11):
@@ -82,7 +83,8 @@ class OptimiserOptions:
     """
     Attributes:
         batch_size: images of one step over all processes, >= 1; even where images are mixed.
-        epochs: passes over the training images, >= 1. An incomplete last batch is left out.
+        epochs: passes over the training images, >= 1, or as many steps where views repeat. An incomplete last batch is
+            left out.
         lr: learning rate after the warm-up, for this batch size, > 0.
         name: an optimiser of timm's.
         betas: of Adam and its kin; None: timm's.
@@ -123,6 +125,20 @@ class OptimiserOptions:
 
 
 @dataclass(frozen=True)
+class RegulariseOptions:
+    """
+    Attributes:
+        drop_path: probability that an image skips half of the last block in training, [0, 1); it falls in a line to 0
+            in the first block. See ``nn.drop_path_twin``.
+    """
+
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_drop_path("drop_path", self.drop_path)
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """
     Attributes:
@@ -160,7 +176,7 @@ class Recipe:
     Attributes:
         title: what it is, in a line.
         model: ``name`` as ``create_model`` knows it, and its overrides.
-        optimiser, data, augment, mix, run: see their classes.
+        optimiser, data, augment, mix, regularise, run: see their classes.
         loss: weights by name, as ``compute_loss`` takes them.
         plan: what changes while the method trains; see ``train.plan``.
     """
@@ -171,6 +187,7 @@ class Recipe:
     data: DataOptions = field(default_factory=DataOptions)
     augment: ViewOptions = field(default_factory=ViewOptions)
     mix: MixOptions = field(default_factory=MixOptions)
+    regularise: RegulariseOptions = field(default_factory=RegulariseOptions)
     run: RunOptions = field(default_factory=RunOptions)
     loss: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)

@@ -48,6 +48,8 @@ class ViewOptions:
         reprob: probability that a rectangle is replaced by noise (Random Erasing), in [0, 1].
         interpolation: ``"bicubic"``, ``"bilinear"``, or ``"random"``: one of the two for each training image, and
             bicubic in evaluation.
+        repeats: views of an image that follow each other in an epoch, >= 1; with more than one (repeated augmentation)
+            an epoch has as many steps as ever, and shows one in so many of the images. See ``train.order.TrainOrder``.
         crop_pct: side of the centre crop over the shorter side that the image is resized to in evaluation, in (0, 1].
 
     Raises:
@@ -63,8 +65,10 @@ class ViewOptions:
     reprob: float = 0.0
     interpolation: str = "random"
     crop_pct: float = 0.875
+    repeats: int = 1
 
     def __post_init__(self) -> None:
+        check_count("repeats", self.repeats, 1)
         for name, most in (("scale", 1.0), ("ratio", math.inf)):
             object.__setattr__(self, name, _interval(name, getattr(self, name), most))
         for name in ("hflip", "reprob", "crop_pct"):
@@ -161,7 +165,7 @@ def eval_view(img_size: int, options: ViewOptions) -> View:
 class TrainViews(Dataset[tuple[Tensor, int, int]]):
     """Random views of a set's images.
 
-    A view depends on (seed, epoch, index) alone: not on the worker, the rank, the position in the epoch or any
+    A view depends on the seed and its key alone: not on the worker, the rank, the position in the epoch or any
     generator's state, and it leaves those states as they were. The generators are the process's own, so one thread at
     a time.
 
@@ -178,11 +182,12 @@ class TrainViews(Dataset[tuple[Tensor, int, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[Tensor, int, int]:
         """One view.
 
         Args:
-            key: (epoch, index), as the sampler yields them: so workers that live on learn of a new epoch.
+            key: (epoch, index), as the sampler yields them: so workers that live on learn of a new epoch. Of further
+                views of the image in this epoch (epoch, index, number), from 1.
 
         Returns:
             The pixels, (3, img_size, img_size) float32; the target; and the index of the image they are from. For a
@@ -191,12 +196,12 @@ class TrainViews(Dataset[tuple[Tensor, int, int]]):
         Raises:
             ValueError: no image of the set can be read.
         """
-        epoch, index = key
+        index = key[1]
         for step in range(len(self)):
             found = (index + step) % len(self)
             image = self.images.read(found)
             if image is not None:
-                with _seeded(self._seed, epoch, index):
+                with _seeded(self._seed, *key):
                     return self._view(image), self.images.targets[found], found
         raise ValueError(f"none of the {len(self)} images can be read")
 
@@ -224,11 +229,11 @@ class EvalViews(Dataset[tuple[Tensor, int, int]]):
 
 
 @contextmanager
-def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
+def _seeded(*parts: int) -> Iterator[None]:
     """The three generators that timm and torchvision draw from, started from these numbers and put back after."""
     # not torch.manual_seed: that one reaches for GPUs
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    words = np.random.SeedSequence((seed, epoch, index)).generate_state(12)
+    words = np.random.SeedSequence(parts).generate_state(12)
     random.seed(words[:4].tobytes())
     np.random.seed(words[4:8])
     torch.default_generator.manual_seed(int(words[8:10].view(np.uint64)[0]) >> 1)

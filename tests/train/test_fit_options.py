@@ -60,10 +60,12 @@ def test_precision_is_each_run_s_own(data: Path, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=2**-6)
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
 @pytest.mark.parametrize("model", [DENSE, A_VIT], ids=["dense", "avit"])
-def test_checkpointing_changes_no_bit(model: dict[str, Any], data: Path, tmp_path: Path) -> None:
+def test_checkpointing_changes_no_bit(model: dict[str, Any], drop_path: float, data: Path, tmp_path: Path) -> None:
     for on in (False, True):
-        recipe = make_recipe({**ONE_EPOCH, "model": model, "run.checkpointing": on})
+        changes = {"model": model, "run.checkpointing": on, "regularise.drop_path": drop_path}
+        recipe = make_recipe({**ONE_EPOCH, **changes})
         train(recipe, data, tmp_path / str(on), device="cpu")
     assert same_bits(state_of(tmp_path / "True"), state_of(tmp_path / "False"))
 
@@ -74,6 +76,18 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # in another mode than it was made in until the end, and the same after the change
     "evovit-layer": ({"class_head": True, "keep_ratios": 0.5}, {"plan.stage_from": 1.0}),
     "evovit-stage": ({"class_head": True, "keep_ratios": 0.5, "mode": "layer"}, {"plan.stage_from": 0.5}),
+    "evovit-drop_path": (
+        {"class_head": True, "keep_ratios": 0.5},
+        {"plan.stage_from": 0.5, "regularise.drop_path": 0.4, "augment.repeats": 2},
+    ),
+    "avit-drop_path": (
+        {"gate_scale": 4.0, "gate_center": 0.0},
+        {"regularise.drop_path": 0.4, "augment.repeats": 3, "run.precision": "bfloat16"},
+    ),
+    "lifevit-2-drop_path": (
+        {"base_block": 1},
+        {"loss.stage": 2, "regularise.drop_path": 0.4, "run.checkpointing": True},
+    ),
     "lifevit-1": ({"base_block": 1}, {"loss.stage": 1}),
     "lifevit-2": ({"base_block": 1}, {"loss.stage": 2}),
     "mtvit": ({"predictor_size": 16}, {"plan.temperature": [5.0, 0.5], "loss.cost_target": 0.9}),
@@ -99,7 +113,8 @@ def test_every_method_resumes_and_its_file_scores_as_it_did(method: str, data: P
     for kind in ("train", "evaluate"):
         assert records(tmp_path / "parts", kind) == records(tmp_path / "whole", kind)
     told = records(tmp_path / "whole", "evaluate")[-1]
-    found = evaluate(tmp_path / "whole" / "last.safetensors", data, batch_size=4, workers=0, device="cpu")
+    options = {"batch_size": 4, "workers": 0, "precision": recipe.run.precision, "device": "cpu"}
+    found = evaluate(tmp_path / "whole" / "last.safetensors", data, **options)
     assert found._asdict() == {key: told[key] for key in found._fields} == result.score._asdict()
     # the returned model is the file's
     loaded, info = load_model(tmp_path / "whole" / "last.safetensors")
@@ -108,6 +123,26 @@ def test_every_method_resumes_and_its_file_scores_as_it_did(method: str, data: P
     assert info.classes == CLASSES
     assert info.facts["recipe"] == recipe.to_dict()
     assert not result.model.training
+
+
+def test_a_state_from_before_an_option_goes_on(data: Path, tmp_path: Path) -> None:
+    train(make_recipe(), data, tmp_path / "whole", device="cpu")
+    with pytest.raises(StoppedError):
+        train(make_recipe(), data, tmp_path / "parts", device="cpu", progress=StopsAt(4))
+    path = tmp_path / "parts" / "state.pt"
+    content = torch.load(path, weights_only=True)
+    # as it was written by a version that had neither
+    del content["recipe"]["regularise"], content["recipe"]["augment"]["repeats"]
+    torch.save(content, path)
+    for place, value, was in (("regularise.drop_path", 0.1, 0.0), ("augment.repeats", 3, 1)):
+        with pytest.raises(TrainError, match=f"is of another recipe: {place} was {was} and is {value}"):
+            train(make_recipe({place: value}), data, tmp_path / "parts", resume=True, device="cpu")
+    train(make_recipe(), data, tmp_path / "parts", resume=True, device="cpu")
+    assert same_bits(state_of(tmp_path / "parts"), state_of(tmp_path / "whole"))
+    content["recipe"]["augment"]["blur"] = 1.0  # and by one that has more
+    torch.save(content, path)
+    with pytest.raises(TrainError, match=r"is of another recipe: augment.blur was 1.0 and is None"):
+        train(make_recipe(), data, tmp_path / "parts", resume=True, device="cpu")
 
 
 def start_file(path: Path, classes: int, method: str = "vit", **more: Any) -> Path:

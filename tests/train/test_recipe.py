@@ -11,8 +11,10 @@ import pytest
 import torch
 from train_cases import RECIPE, make_recipe, write_recipe
 
+from mtvit_ops.nn import drop_path_twin
 from mtvit_ops.train.build import build_model
 from mtvit_ops.train.compute_loss import loss_of
+from mtvit_ops.train.order import TrainOrder
 from mtvit_ops.train.parts import Schedule, make_optimiser
 from mtvit_ops.train.plan import make_plan
 from mtvit_ops.train.recipe import RecipeError, load_recipe
@@ -74,6 +76,14 @@ def test_changes_win_and_leave_their_source_alone(tmp_path: Path) -> None:
         ({"optimiser.ema_decay": 1.0}, "ema_decay must be below 1"),
         ({"mix.prob": 1.1}, r"\[mix\]: prob must be "),
         ({"mix.mixup": -1.0}, "mixup must be "),
+        ({"regularise.drop_path": 1.0}, r"\[regularise\]: drop_path must be below 1, or nothing is left"),
+        ({"regularise.drop_path": -0.1}, r"drop_path must be in \[0.0, 1.0\], got -0.1"),
+        ({"regularise.drop_path": "0.1"}, "drop_path must be a number, got str"),
+        (
+            {"regularise.droppath": 0.1},
+            r"\[regularise\]: there is no 'droppath', only drop_path; did you mean drop_path\?",
+        ),
+        ({"augment.repeats": 0}, r"\[augment\]: repeats must be >= 1, got 0"),
         ({"run.seed": -1}, "seed must be in"),
         ({"run.seed": 2**63}, "seed must be in"),
         ({"run.precision": "float16"}, "precision must be one of 'float32', 'bfloat16', got 'float16'"),
@@ -144,6 +154,37 @@ def test_every_recipe_builds(path: Path) -> None:
     assert optimiser.param_groups[0]["lr"] == rates[steps // 2]
     for view in (train_view, eval_view):
         assert view(model.config.img_size, recipe.augment).img_size == model.config.img_size
+
+
+# what the authors' own recipes have, and DeiT's augmentation where theirs is that
+AUTHORS = {
+    "imagenet_avit_small": (0.1, 3),
+    "imagenet_avit_tiny": (0.1, 3),
+    "imagenet_evovit_small": (0.1, 3),
+    "imagenet_evovit_tiny": (0.0, 3),
+    "imagenet_lifevit_small_stage1": (0.0, 1),
+    "imagenet_lifevit_small_stage2": (0.0, 1),
+    "imagenet_mtvit_small": (0.0, 3),
+    "imagenet_mtvit_small_tails": (0.0, 3),
+}
+
+
+def test_drop_path_and_repeats_of_the_recipes() -> None:
+    found = {}
+    for path in RECIPES:
+        recipe = load_recipe(path)
+        rate, repeats = recipe.regularise.drop_path, recipe.augment.repeats
+        if path.stem.startswith("imagenet_"):
+            found[path.stem] = rate, repeats
+        # the order and the twin are made as training makes them
+        size = recipe.optimiser.batch_size
+        batch = next(TrainOrder(max(size, 12), size, 0, paired=recipe.mix.mixes, repeats=repeats).batches(0))
+        assert len({key[1] for key in batch}) == -(-size // repeats)
+        twin = drop_path_twin(build_model(recipe, 10), rate)
+        rates = [getattr(block, "rate", 0.0) for block in twin.blocks]
+        assert rates[0] == 0
+        assert rates[-1] == pytest.approx(rate, rel=1e-15)
+    assert found == AUTHORS
 
 
 def test_the_rates_of_a_cosine() -> None:

@@ -58,6 +58,31 @@ def test_a_view_depends_on_seed_epoch_and_index_alone(options: ViewOptions, foun
     assert same == []
 
 
+@pytest.mark.parametrize("seed", [3, 2**40])
+def test_repeats_are_other_views_and_the_first_stays(seed: int, found: ImageSet) -> None:
+    views = TrainViews(found, train_view(24, STRONG), seed)
+    keys = [(epoch, index, *more) for epoch in (0, 1) for index in range(3) for more in ((), (1,), (2,))]
+    drawn = []
+    for key in keys:
+        stir()
+        pixels, target, used = views[key]
+        assert (target, used) == (found.targets[key[1]], key[1])
+        assert torch.equal(pixels, views[key][0])
+        drawn.append(pixels)
+    assert not [1 for one in range(len(keys)) for other in range(one) if torch.equal(drawn[one], drawn[other])]
+
+
+def test_the_draws_of_a_view_are_written_down() -> None:
+    """A change of these numbers would break every interrupted run."""
+    for parts, want in (
+        ((3, 1, 4), [0.6073477268218994, 0.920487105846405]),
+        ((2**40, 1, 4), [0.5208498239517212, 0.5385343432426453]),
+        ((3, 1, 4, 1), [0.922197699546814, 0.42305999994277954]),
+    ):
+        with _seeded(*parts):
+            assert torch.rand(2).tolist() == want
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_draw_the_same_views(workers: int, found: ImageSet) -> None:
     views = TrainViews(found, train_view(24, STRONG), 3)
@@ -200,6 +225,7 @@ VALUE_ERRORS = {
     "policy-typing-error": ({"auto_augment": "rand-m9-mst0.5"}, "auto_augment must be a policy"),
     "policy-no-number": ({"auto_augment": "rand-m-inc1"}, "auto_augment must be a policy"),
     "policy-fraction": ({"auto_augment": "rand-m9.5"}, "auto_augment must be a policy"),
+    "repeats": ({"repeats": 0}, "repeats must be >= 1, got 0"),
     "policy-and-jitter": ({"auto_augment": "rand-m9", "color_jitter": 0.3}, "color_jitter must be None beside"),
 }
 
@@ -220,6 +246,7 @@ def test_values_out_of_range(fields: dict[str, Any], match: str) -> None:
         ("reprob", True),
         ("color_jitter", (0.4, 0.4)),
         ("auto_augment", 9),
+        ("repeats", 1.5),
     ],
     ids=str,
 )

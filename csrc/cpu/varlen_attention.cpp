@@ -43,6 +43,10 @@ struct Problem {
   int64_t nk(int64_t image) const { return cu_k[image + 1] - cu_k[image]; }
 };
 
+bool is_whole(const Problem& p, const Item& item) {
+  return item.begin == 0 && item.end == num_blocks(p.nq(item.image));
+}
+
 // Whole heads where there are enough of them; else queries are split so that each thread has about three items.
 std::vector<Item> plan(const Problem& p, int64_t threads) {
   int64_t total = 0;
@@ -76,24 +80,35 @@ struct Outputs {
   int64_t bias_token, bias_head;  // strides
 };
 
+// Block sums (rows, row), in the order of the blocks, to column means in the first row.
+void average(float* sums, int64_t rows, int64_t row, int64_t keys, int64_t queries) {
+  const float share = 1.0f / static_cast<float>(queries);
+  for (int64_t r = 1; r < rows; ++r) {
+    for (int64_t j = 0; j < keys; ++j) sums[j] += sums[r * row + j];
+  }
+  for (int64_t j = 0; j < keys; ++j) sums[j] *= share;
+}
+
 // One number a token and head, head by head, until an image is done: beside each other in lse and scores, the heads of
 // a token share a cache line, which two threads would take from each other with every store.
 class ByHead {
  public:
   ByHead(const Problem& p, Scores mode, const std::vector<Item>& items)
-      : p_(p), mode_(mode), left_(new std::atomic<int32_t>[static_cast<size_t>(p.batch)]) {
+      : p_(p), mode_(mode), left_(new std::atomic<int64_t>[static_cast<size_t>(p.batch)]) {
+    for (int64_t b = 0; b < p.batch; ++b) left_[static_cast<size_t>(b)].store(0, std::memory_order_relaxed);
+    for (const Item& item : items) left_[static_cast<size_t>(item.image)].fetch_add(1, std::memory_order_relaxed);
     int64_t floats = 0;
     for (int64_t b = 0; b < p.batch; ++b) {
-      left_[static_cast<size_t>(b)].store(0, std::memory_order_relaxed);
+      const bool split = left_[static_cast<size_t>(b)].load(std::memory_order_relaxed) > p.heads;
       begins_.push_back(floats);
+      score_rows_.push_back(mode == kNone ? 0 : mode == kMean && split ? num_blocks(p.nq(b)) : 1);
       floats += p.heads * (lse_row(b) + score_rows(b) * key_row(b));
     }
-    for (const Item& item : items) left_[static_cast<size_t>(item.image)].fetch_add(1, std::memory_order_relaxed);
     memory_ = allocate(floats);
   }
 
   float* lse(int64_t image, int64_t head) const { return of(image) + head * lse_row(image); }
-  // class: one row; mean: one a block of queries
+  // one row, or one a block of queries where a head is more than one item and wants column means
   float* scores(int64_t image, int64_t head) const {
     return of(image) + p_.heads * lse_row(image) + head * score_rows(image) * key_row(image);
   }
@@ -104,28 +119,18 @@ class ByHead {
     const int64_t b = item.image, nk = p_.nk(b);
     deal(lse(b, 0), lse_row(b), p_.nq(b), o.lse + p_.cu_q[b] * p_.heads);
     if (mode_ == kNone) return;
-    if (mode_ == kMean) {
+    if (!is_whole(p_, item) && mode_ == kMean) {
       for (int64_t h = 0; h < p_.heads; ++h) average(scores(b, h), score_rows(b), key_row(b), nk, p_.nq(b));
     }
     deal(scores(b, 0), score_rows(b) * key_row(b), nk, o.scores + p_.cu_k[b] * p_.heads);
   }
 
+  int64_t key_row(int64_t image) const { return round_up(p_.nk(image), kMaxWidth); }
+
  private:
   int64_t lse_row(int64_t image) const { return round_up(p_.nq(image), kMaxWidth); }
-  int64_t key_row(int64_t image) const { return round_up(p_.nk(image), kMaxWidth); }
-  int64_t score_rows(int64_t image) const {
-    return mode_ == kNone ? 0 : mode_ == kClass ? 1 : num_blocks(p_.nq(image));
-  }
+  int64_t score_rows(int64_t image) const { return score_rows_[static_cast<size_t>(image)]; }
   float* of(int64_t image) const { return memory_.get() + begins_[static_cast<size_t>(image)]; }
-
-  // Block sums, in the order of the blocks, to column means in the first row.
-  static void average(float* sums, int64_t rows, int64_t row, int64_t keys, int64_t queries) {
-    const float share = 1.0f / static_cast<float>(queries);
-    for (int64_t r = 1; r < rows; ++r) {
-      for (int64_t j = 0; j < keys; ++j) sums[j] += sums[r * row + j];
-    }
-    for (int64_t j = 0; j < keys; ++j) sums[j] *= share;
-  }
 
   // (H, tokens), `row` apart, to (tokens, H).
   void deal(const float* from, int64_t row, int64_t tokens, float* to) const {
@@ -137,8 +142,8 @@ class ByHead {
   const Problem& p_;
   Scores mode_;
   Buffer memory_;
-  std::vector<int64_t> begins_;
-  std::unique_ptr<std::atomic<int32_t>[]> left_;  // items to be done yet
+  std::vector<int64_t> begins_, score_rows_;
+  std::unique_ptr<std::atomic<int64_t>[]> left_;  // items to be done yet
 };
 
 void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Item& item, ByHead& by_head) {
@@ -159,7 +164,6 @@ void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Ite
   t.d = p.d;
   t.dv = p.dv;
   if (mode == kClass) t.class_row = by_head.scores(b, h);
-  if (mode == kMean) t.block_sums = by_head.scores(b, h);
   t.q_stride = p.q.token;
   t.k_stride = p.k.token;
   t.v_stride = p.v.token;
@@ -169,8 +173,16 @@ void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Ite
   t.block_end = item.end;
   t.scale = scale;
   Buffer large;
-  t.scratch = thread_scratch(scratch_floats(t.nk, t.d, t.dv), large);
+  const int64_t work = round_up(scratch_floats(t.nk, t.d, t.dv), kMaxWidth), blocks = num_blocks(t.nq);
+  // a whole head's block sums stay in this thread's cache
+  const bool own_sums = mode == kMean && is_whole(p, item);
+  t.scratch = thread_scratch(work + (own_sums ? blocks * by_head.key_row(b) : 0), large);
+  if (mode == kMean) t.block_sums = own_sums ? t.scratch + work : by_head.scores(b, h);
   o.native->attention(t);
+  if (own_sums) {
+    average(t.block_sums, blocks, by_head.key_row(b), t.nk, t.nq);
+    std::copy(t.block_sums, t.block_sums + t.nk, by_head.scores(b, h));
+  }
   by_head.done(item, o);
 }
 

@@ -40,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder or zip with val/CLASS/...")
     parser.add_argument("--trained", required=True, type=Path, help="folder of model files, one a method")
-    parser.add_argument("--control", type=Path, help="model file of the dense ViT trained on for as long as the others")
+    parser.add_argument("--control", type=Path, help="model file of the dense ViT trained on, as the others were")
     parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
     parser.add_argument("--batch", type=int, default=8, help="of the timing (default: 8)")
     parser.add_argument("--sample", type=int, default=64, help="photographs timed (default: 64)")

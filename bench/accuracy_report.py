@@ -67,8 +67,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         epochs = more[0]["recipe"]["optimiser"]["epochs"]
         lines += [
             "",
-            f"The methods start from the dense ViT and learn on; the dense ViT itself, trained on for {epochs} epochs, reaches"
-            f" {_spread([100 * each['top1'] for each in more], '.2f')} %.",
+            "The methods start from the dense ViT and learn on; the dense ViT itself, trained on for"
+            f" {epochs} epochs, reaches {_spread([100 * each['top1'] for each in more], '.2f')} %.",
         ]
     lines += [
         "",

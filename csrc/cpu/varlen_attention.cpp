@@ -94,15 +94,15 @@ void average(float* sums, int64_t rows, int64_t row, int64_t keys, int64_t queri
 class ByHead {
  public:
   ByHead(const Problem& p, Scores mode, const std::vector<Item>& items)
-      : p_(p), mode_(mode), left_(new std::atomic<int64_t>[static_cast<size_t>(p.batch)]) {
-    for (int64_t b = 0; b < p.batch; ++b) left_[static_cast<size_t>(b)].store(0, std::memory_order_relaxed);
-    for (const Item& item : items) left_[static_cast<size_t>(item.image)].fetch_add(1, std::memory_order_relaxed);
+      : p_(p), mode_(mode), images_(new Image[static_cast<size_t>(p.batch)]) {
+    for (const Item& item : items) at(item.image).left.fetch_add(1, std::memory_order_relaxed);
     int64_t floats = 0;
     for (int64_t b = 0; b < p.batch; ++b) {
-      const bool split = left_[static_cast<size_t>(b)].load(std::memory_order_relaxed) > p.heads;
-      begins_.push_back(floats);
-      score_rows_.push_back(mode == kNone ? 0 : mode == kMean && split ? num_blocks(p.nq(b)) : 1);
-      floats += p.heads * (lse_row(b) + score_rows(b) * key_row(b));
+      Image& image = at(b);
+      const bool split = image.left.load(std::memory_order_relaxed) > p.heads;
+      image.begin = floats;
+      image.score_rows = mode == kNone ? 0 : mode == kMean && split ? num_blocks(p.nq(b)) : 1;
+      floats += p.heads * (lse_row(b) + image.score_rows * key_row(b));
     }
     memory_ = allocate(floats);
   }
@@ -110,27 +110,32 @@ class ByHead {
   float* lse(int64_t image, int64_t head) const { return of(image) + head * lse_row(image); }
   // one row, or one a block of queries where a head is more than one item and wants column means
   float* scores(int64_t image, int64_t head) const {
-    return of(image) + p_.heads * lse_row(image) + head * score_rows(image) * key_row(image);
+    return of(image) + p_.heads * lse_row(image) + head * at(image).score_rows * key_row(image);
   }
 
   // To be called after each item: who does an image's last one writes its results.
   void done(const Item& item, const Outputs& o) {
-    if (left_[static_cast<size_t>(item.image)].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    if (at(item.image).left.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     const int64_t b = item.image, nk = p_.nk(b);
     deal(lse(b, 0), lse_row(b), p_.nq(b), o.lse + p_.cu_q[b] * p_.heads);
     if (mode_ == kNone) return;
     if (!is_whole(p_, item) && mode_ == kMean) {
-      for (int64_t h = 0; h < p_.heads; ++h) average(scores(b, h), score_rows(b), key_row(b), nk, p_.nq(b));
+      for (int64_t h = 0; h < p_.heads; ++h) average(scores(b, h), at(b).score_rows, key_row(b), nk, p_.nq(b));
     }
-    deal(scores(b, 0), score_rows(b) * key_row(b), nk, o.scores + p_.cu_k[b] * p_.heads);
+    deal(scores(b, 0), at(b).score_rows * key_row(b), nk, o.scores + p_.cu_k[b] * p_.heads);
   }
 
   int64_t key_row(int64_t image) const { return round_up(p_.nk(image), kMaxWidth); }
 
  private:
+  struct Image {
+    std::atomic<int64_t> left{0};  // items to be done yet
+    int64_t begin, score_rows;     // where its numbers begin, rows of scores a head
+  };
+
   int64_t lse_row(int64_t image) const { return round_up(p_.nq(image), kMaxWidth); }
-  int64_t score_rows(int64_t image) const { return score_rows_[static_cast<size_t>(image)]; }
-  float* of(int64_t image) const { return memory_.get() + begins_[static_cast<size_t>(image)]; }
+  Image& at(int64_t image) const { return images_[static_cast<size_t>(image)]; }
+  float* of(int64_t image) const { return memory_.get() + at(image).begin; }
 
   // (H, tokens), `row` apart, to (tokens, H).
   void deal(const float* from, int64_t row, int64_t tokens, float* to) const {
@@ -142,8 +147,7 @@ class ByHead {
   const Problem& p_;
   Scores mode_;
   Buffer memory_;
-  std::vector<int64_t> begins_, score_rows_;
-  std::unique_ptr<std::atomic<int64_t>[]> left_;  // items to be done yet
+  std::unique_ptr<Image[]> images_;
 };
 
 void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Item& item, ByHead& by_head) {

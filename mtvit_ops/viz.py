@@ -104,11 +104,12 @@ def draw_picture(
     width = _MARGIN + (1 + len(panels)) * (side + _MARGIN)
     sheet = PillowImage.new("RGB", (width, _HEADER + side + _FOOTER), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    title, text = ImageFont.load_default(size=24), ImageFont.load_default(size=17)
+    titles, text = [ImageFont.load_default(size=size) for size in (24, 22, 20, 18)], ImageFont.load_default(size=17)
 
     def column(index: int, heading: str, lines: Sequence[str], picture: Image) -> None:
         left = _MARGIN + index * (side + _MARGIN)
-        draw.text((left, 10), _fitted(heading, title, side), fill=_INK, font=title)
+        title = next((font for font in titles if font.getlength(heading) <= side), titles[-1])
+        draw.text((left, 34), _fitted(heading, title, side), fill=_INK, font=title, anchor="ls")
         for row, line in enumerate(lines):
             draw.text((left, 42 + 22 * row), _fitted(line, text, side), fill=_QUIET, font=text)
         sheet.paste(picture, (left, _HEADER))

@@ -85,6 +85,9 @@ def add_commands(commands: Any) -> None:
         "--from", dest="start", metavar="FILE", help="weights to begin with (default: seeded random ones)"
     )
     train.add_argument("--reset-head", action="store_true", help="with --from: take everything but the classifier")
+    train.add_argument(
+        "--teacher", metavar="FILE", help="weights of the model that teaches, for recipes with a [teacher] share"
+    )
     train.add_argument("--resume", action="store_true", help="go on from the state in --out, if there is one")
     train.add_argument(
         "--device", choices=("auto", "cpu"), default="auto", help="auto: what Accelerate finds (default: %(default)s)"
@@ -146,6 +149,7 @@ def _run_train(options: argparse.Namespace) -> int:
                 start=options.start,
                 resume=options.resume,
                 reset_head=options.reset_head,
+                teacher=options.teacher,
                 device=None if options.device == "auto" else options.device,
                 progress=progress,
             )

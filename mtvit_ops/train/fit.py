@@ -31,6 +31,7 @@ from .recipe import Recipe
 from .scoring import Score, score
 from .signals import StopRequest, stop_requests
 from .state import TrainError, TrainState, save_state
+from .teacher import Teacher, check_teacher
 
 _NAMED = 5  # images that cannot be used
 _DRAWS = 1  # in the seed of a step's draws; what a view draws has no such part
@@ -62,6 +63,7 @@ def train(
     start: str | Path | None = None,
     resume: bool = False,
     reset_head: bool = False,
+    teacher: str | Path | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
@@ -75,6 +77,8 @@ def train(
         start: weights to begin with, as ``load_checkpoint`` takes them; None: seeded random ones.
         resume: go on from the state in ``out``, if there is one; without it such a folder is refused.
         reset_head: with ``start``, take everything but the classifier.
+        teacher: weights of the model that softens the targets where the recipe's ``teacher.share`` is above 0, as
+            ``load_model`` takes them.
         device: ``"cpu"``, or None: what Accelerate finds.
         progress: what a person sees; None: nothing.
 
@@ -95,6 +99,7 @@ def train(
     out = Path(out)
     if reset_head and start is None:
         raise ValueError("reset_head must be False without start: there is no classifier to leave out, got True")
+    check_teacher(teacher, recipe.teacher)
     processes = Processes(recipe.run.precision, device)
     progress = progress if progress is not None and processes.is_first else Progress()
     with _own_generators(), stop_requests() as request:
@@ -103,7 +108,7 @@ def train(
         val_set = open_images(
             data, recipe.data.val_split, classes=train_set.classes, cache=recipe.data.cache, progress=progress
         )
-        run = _Run(recipe, train_set, val_set, out, processes, start, reset_head, state)
+        run = _Run(recipe, train_set, val_set, out, processes, start, reset_head, teacher, state)
         processes.first_does(lambda: prepare_folder(out, recipe))
         journal = Journal(progress)
         processes.first_does(lambda: journal.open(out, run.step))
@@ -136,6 +141,7 @@ class _Run:
         processes: Processes,
         start: str | Path | None,
         reset_head: bool,
+        teacher: str | Path | None,
         state: TrainState | None,
     ) -> None:
         options = recipe.optimiser
@@ -159,6 +165,9 @@ class _Run:
         self.average = Average(model, options.ema_decay) if options.ema_decay else None
         self.device_views = DeviceViews(recipe.augment) if recipe.data.augment_on == "device" else None
         self.mixing = Mixing(recipe.mix, len(train_set.classes)) if recipe.mix.mixes else None
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = Teacher(teacher, recipe.teacher, train_set.classes, model.config.img_size, processes.device)
         optimiser = make_optimiser(model, options, self.plan)
         learner = checkpointed_twin(model) if recipe.run.checkpointing else model
         if recipe.regularise.drop_path:
@@ -225,6 +234,8 @@ class _Run:
         weights = self.plan.at(self.model, self.recipe.loss, self.step / self.total)
         self.schedule.set(self.step)
         with self.processes.autocast():
+            if self.teacher is not None:
+                targets = self.teacher.soften(images, targets)
             loss, parts = self.objective(images, targets, weights)
         self.processes.backward(loss)
         if self.recipe.optimiser.clip_grad:
@@ -352,6 +363,7 @@ class _Run:
             images=describe_images(self.train_set),
             method=self._method(),
             seconds=self._elapsed(),
+            teacher="" if self.teacher is None else self.teacher.digest,
         )
         self.processes.first_does(lambda: save_state(self.out / STATE, state))
 
@@ -364,6 +376,8 @@ class _Run:
                 f"the state is of other training images ({state.images}; now {images}): the data has"
                 " changed, or a cache left broken images out in one run only (data.cache)"
             )
+        if state.teacher != ("" if self.teacher is None else self.teacher.digest):
+            raise TrainError("the state is of another teacher's pupil: its file is not the one that the run began with")
         for model in (self.model,) if self.average is None else (self.model, self.average.model):
             model.method.config = dataclasses.replace(model.method.config, **state.method)
             model.method.attach(model)

@@ -139,6 +139,23 @@ class RegulariseOptions:
 
 
 @dataclass(frozen=True)
+class TeacherOptions:
+    """
+    Attributes:
+        share: of every target that is the teacher's prediction, [0, 1]; the rest is the label, or the mixed labels. 0:
+            no teacher. Which teacher is said beside the recipe; see ``train.teacher``.
+        temperature: what the teacher's logits are divided by, (0, 1e3]; above 1: softer.
+    """
+
+    share: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_real("share", self.share, 0.0, 1.0)
+        check_real("temperature", self.temperature, 0.0, 1e3, open_low=True)
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """
     Attributes:
@@ -176,7 +193,7 @@ class Recipe:
     Attributes:
         title: what it is, in a line.
         model: ``name`` as ``create_model`` knows it, and its overrides.
-        optimiser, data, augment, mix, regularise, run: see their classes.
+        optimiser, data, augment, mix, regularise, teacher, run: see their classes.
         loss: weights by name, as ``compute_loss`` takes them.
         plan: what changes while the method trains; see ``train.plan``.
     """
@@ -188,6 +205,7 @@ class Recipe:
     augment: ViewOptions = field(default_factory=ViewOptions)
     mix: MixOptions = field(default_factory=MixOptions)
     regularise: RegulariseOptions = field(default_factory=RegulariseOptions)
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
     run: RunOptions = field(default_factory=RunOptions)
     loss: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)

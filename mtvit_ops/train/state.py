@@ -31,6 +31,7 @@ class TrainState(NamedTuple):
     images: str  # which training images, in words that differ where they differ
     method: dict[str, Any]  # the method's configuration, which a file of weights may have set
     seconds: float  # of training and evaluation so far
+    teacher: str = ""  # SHA-256 of its file; states from before there were teachers have none
 
 
 def save_state(path: Path, state: TrainState) -> None:
@@ -62,6 +63,6 @@ def load_state(path: Path) -> TrainState:
         raise TrainError(f"{path} is not a training's state: {reason}") from error
     if not isinstance(content, dict) or content.pop("version", None) != VERSION:
         raise TrainError(f"{path} is not a training's state of version {VERSION}")
-    if set(content) != set(TrainState._fields):
+    if {*content, *TrainState._field_defaults} != set(TrainState._fields):
         raise TrainError(f"{path} is not a training's state: it holds {', '.join(sorted(content))}")
     return TrainState(**content)

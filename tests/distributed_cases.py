@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from train_cases import A_VIT, MICRO, make_recipe
+from train_cases import A_VIT, CLASSES, MICRO, make_recipe
 
+from mtvit_ops.train.build import build_model
 from mtvit_ops.train.evaluation import evaluate
 from mtvit_ops.train.fit import train
+from mtvit_ops.train.recipe import Recipe
+from mtvit_ops.weights import ModelInfo, save_model
 
 MIX = {"mix.mixup": 0.8, "mix.cutmix": 1.0}
 NO_MIX = {"mix": {}, "loss.label_smoothing": 0.1}
@@ -19,6 +23,7 @@ NO_MIX = {"mix": {}, "loss.label_smoothing": 0.1}
 CASES: dict[str, dict[str, Any]] = {
     "dense, mixed": {**MIX},
     "dense, paired by nothing": {**NO_MIX},
+    "dense, taught": {**MIX, "teacher.share": 0.5},
     "dense, repeated views": {**MIX, "augment.repeats": 3, "augment.reprob": 0.5},
     # halted tokens are removed: each process has as many as its images keep
     "A-ViT, uneven": {**MIX, "model": A_VIT, "loss.distribution": 0.0, "loss.ponder": 0.05},
@@ -37,18 +42,38 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
+MT_VIT = {**NO_MIX, "model": {"name": "mtvit_tiny_patch16_224", **MICRO, "predictor_size": 16}, "loss.flops": 0.0}
+
+# draws that every process makes for itself: they run, and end with the same weights everywhere
+OWN_DRAWS: dict[str, dict[str, Any]] = {
+    "MT-ViT, predictor alone": {**MT_VIT, "plan.predictor_only": 1.0},
+    "MT-ViT, predictor first": {**MT_VIT, "plan.predictor_only": 0.5},
+}
+if find_spec("kornia") is not None:
+    OWN_DRAWS["views on the device"] = {**NO_MIX, "data.augment_on": "device"}
+
 
 def run_case(name: str, data: Path, out: Path) -> dict[str, Any]:
     """Train, evaluate what came out, and return that score."""
-    train(make_recipe(CASES[name]), data, out / name, device="cpu")
+    recipe = make_recipe({**CASES, **OWN_DRAWS}[name])
+    teacher = save_teacher(out / f"{name}, teacher.safetensors", recipe) if recipe.teacher.share else None
+    train(recipe, data, out / name, teacher=teacher, device="cpu")
     found = evaluate(out / name / "last.safetensors", data, batch_size=2, workers=0, device="cpu")
     return found._asdict()
+
+
+def save_teacher(path: Path, recipe: Recipe) -> Path:
+    """Random weights, the same in every process."""
+    torch.manual_seed(1)
+    info = ModelInfo({**recipe.model, "num_classes": len(CLASSES)}, CLASSES, 0.875, {})
+    save_model(path, build_model(recipe, len(CLASSES)).state_dict(), info)
+    return path
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folders = Path(sys.argv[1]), Path(sys.argv[2])
-    scores = {name: run_case(name, *folders) for name in CASES}
+    scores = {name: run_case(name, *folders) for name in (*CASES, *OWN_DRAWS)}
     rank = torch.distributed.get_rank()
     (folders[1] / f"scores-{rank}.json").write_text(json.dumps(scores))
     torch.distributed.destroy_process_group()

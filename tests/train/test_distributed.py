@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_cases import CASES, run_case
+from distributed_cases import CASES, OWN_DRAWS, run_case
 from torch.distributed.run import get_args_parser
-from train_cases import RECIPE, STEPS, VAL_IMAGES, StopsAt, make_data, make_recipe, records, write_recipe
+from train_cases import CLASSES, RECIPE, STEPS, VAL_IMAGES, StopsAt, make_data, make_recipe, records, write_recipe
 
 from mtvit_ops.cli_train import add_commands
+from mtvit_ops.train.build import build_model
+from mtvit_ops.train.evaluation import evaluate
 from mtvit_ops.train.fit import StoppedError, train
 from mtvit_ops.train.state import load_state
 from mtvit_ops.weights import load_model
@@ -78,6 +80,31 @@ def test_two_processes_train_as_one(name: str, data: Path, two: Path, tmp_path: 
     assert [record["images"] for record in records(two / name, "evaluate")] == [VAL_IMAGES] * 2
     for rank in range(2):
         assert_close(score, json.loads((two / f"scores-{rank}.json").read_text())[name], STEPS)
+
+
+@pytest.mark.parametrize("name", OWN_DRAWS)
+def test_draws_of_their_own_leave_the_processes_alike(name: str, data: Path, two: Path) -> None:
+    assert len(records(two / name, "train")) == STEPS
+    scores = [json.loads((two / f"scores-{rank}.json").read_text())[name] for rank in range(2)]
+    assert scores[0] == scores[1]
+    assert scores[0] == evaluate(two / name / "last.safetensors", data, workers=0, device="cpu")._asdict() | {
+        "loss": pytest.approx(scores[0]["loss"], rel=1e-5)  # summed in another order
+    }
+
+
+def test_the_predictor_learns_alone_as_long_as_it_should(two: Path) -> None:
+    for name in ("MT-ViT, predictor alone", "MT-ViT, predictor first"):
+        recipe = make_recipe(OWN_DRAWS[name])
+        torch.manual_seed(recipe.run.seed)
+        begun = build_model(recipe, len(CLASSES)).state_dict()
+        learned = {
+            key
+            for key, value in load_model(two / name / "last.safetensors").model.state_dict().items()
+            if not torch.equal(value, begun[key])
+        }
+        others = {key for key in learned if not key.startswith("method.predictor.")}
+        assert learned > others
+        assert bool(others) == (name == "MT-ViT, predictor first")
 
 
 def test_the_uneven_case_is_uneven(two: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from fuzz_blocks import BLOCKS
 from fuzz_draw import REFUSALS, Draw
+from fuzz_predictor import case_tail_predictor
 from torch import Tensor
 
 import mtvit_ops
@@ -155,6 +156,7 @@ def case_ragged_patch_embed(draw: Draw) -> tuple[Any, Any]:
 
 
 CASES = {
+    "tail_predictor": case_tail_predictor,
     "ragged_patch_embed": case_ragged_patch_embed,
     "varlen_attention": case_varlen_attention,
     "varlen_attention_backward": case_varlen_attention_backward,

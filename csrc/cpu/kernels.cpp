@@ -3,6 +3,7 @@
 
 #include "attention_backward_tile.h"
 #include "attention_tile.h"
+#include "predictor_tile.h"
 #include "row_kernels.h"
 #include "simd.h"
 
@@ -33,6 +34,10 @@ void scatter_residual(const ScatterTask& t, int64_t begin, int64_t end) {
   MTVIT_BY_DTYPE(t.dtype, scatter_residual_rows, t, begin, end);
 }
 
+void predict_tail(const PredictorTask& t, int64_t image, float* scratch, float* logits) {
+  MTVIT_BY_DTYPE(t.dtype, predict_tail_of, t, image, scratch, logits);
+}
+
 template <typename E>
 void to_float32_array(const void* x, float* out, int64_t n) {
   const auto* from = static_cast<const typename E::T*>(x);
@@ -54,16 +59,17 @@ void exp2_array(const float* x, float* out, int64_t n) {
 }  // namespace
 
 #if defined(MTVIT_OPS_ISA_avx512bf16)
-const Kernels kernels_avx512bf16{"avx512bf16",     attention,  attention_backward, layer_norm,
-                                 scatter_residual, to_float32, exp2_array};
+const Kernels kernels_avx512bf16{"avx512bf16",     attention,    attention_backward, layer_norm,
+                                 scatter_residual, predict_tail, to_float32,         exp2_array};
 #elif defined(MTVIT_OPS_ISA_avx512)
-const Kernels kernels_avx512{"avx512",         attention,  attention_backward, layer_norm,
-                             scatter_residual, to_float32, exp2_array};
+const Kernels kernels_avx512{"avx512",         attention,    attention_backward, layer_norm,
+                             scatter_residual, predict_tail, to_float32,         exp2_array};
 #elif defined(MTVIT_OPS_ISA_avx2)
-const Kernels kernels_avx2{"avx2", attention, attention_backward, layer_norm, scatter_residual, to_float32, exp2_array};
+const Kernels kernels_avx2{"avx2",           attention,    attention_backward, layer_norm,
+                           scatter_residual, predict_tail, to_float32,         exp2_array};
 #else
-const Kernels kernels_portable{"portable",       attention,  attention_backward, layer_norm,
-                               scatter_residual, to_float32, exp2_array};
+const Kernels kernels_portable{"portable",       attention,    attention_backward, layer_norm,
+                               scatter_residual, predict_tail, to_float32,         exp2_array};
 #endif
 
 }  // namespace mtvit_ops

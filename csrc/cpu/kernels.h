@@ -107,12 +107,40 @@ struct ScatterTask {
   int64_t d, x_stride, y_stride;
 };
 
+// Where the pixels of a resampled side come from: pixel i is the sum of weights[i * most + k] times pixel start[i] + k.
+struct Taps {
+  const int32_t *start, *length;  // (count,); a length of 0: the pixel is 0
+  const float* weights;           // (count, most)
+  int64_t count, most;
+};
+
+// MT-ViT's tail predictor. Layers: the first convolution, then of each pair the depthwise and the pointwise one, with
+// their batch norms folded in; weights (taps or inputs, width), widths padded with zeros to multiples of kMaxWidth.
+struct PredictorTask {
+  Dtype dtype;
+  const void* images;  // (B, channels, height, width)
+  int64_t channels, height, width;
+  Taps rows, columns;           // three pixels for each position of the first convolution
+  const int64_t* widths;        // (1 + pairs,): channels behind the first convolution and behind each pair
+  const float* const* weights;  // (1 + 2 * pairs,)
+  const float* const* shifts;
+  const float *head, *head_bias;  // (tails, padded width), (tails,)
+  int64_t pairs, tails, most_activations;
+};
+
+// A strip of resampled rows, the pixels, and the activations before and behind a layer.
+constexpr int64_t predictor_scratch_floats(const PredictorTask& t) {
+  return round_up(t.width, kMaxWidth) * kMaxWidth + t.channels * t.columns.count * round_up(t.rows.count, kMaxWidth) +
+         2 * t.most_activations;
+}
+
 struct Kernels {
   const char* name;
   void (*attention)(const AttentionTask&);
   void (*attention_backward)(const AttentionBackwardTask&);
   void (*layer_norm)(const LayerNormTask&, int64_t begin, int64_t end);
   void (*scatter_residual)(const ScatterTask&, int64_t begin, int64_t end);
+  void (*predict_tail)(const PredictorTask&, int64_t image, float* scratch, float* logits);
   void (*to_float32)(Dtype, const void* x, float* out, int64_t n);
   void (*exp2)(const float* x, float* out, int64_t n);
 };

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .._checks import check_count, check_real, check_sequence
 from ..nn.method import Method
@@ -21,6 +20,7 @@ from ..nn.vision_transformer import VisionTransformer, ViTConfig
 from ..ops import ragged_patch_embed
 from ..ragged import RaggedTokens
 from ._tail_init import resize_kernel, resize_pos_embed
+from ._tail_predictor import TailPredictor
 
 
 @dataclass(frozen=True)
@@ -56,45 +56,6 @@ class MTViTState(NamedTuple):
 
     tail: Tensor  # (B,) int32
     logits: Tensor | None  # (B, K) of the predictor, None where a tail was forced
-
-
-class TailPredictor(nn.Module):
-    """A strided CNN so small that asking it costs little against the cheapest tail.
-
-    Args:
-        in_chans: image channels.
-        num_tails: K.
-        image_size: side of what it looks at, pixels.
-    """
-
-    WIDTHS = (16, 32, 64, 96)
-
-    def __init__(self, in_chans: int, num_tails: int, image_size: int) -> None:
-        super().__init__()
-        self.image_size = image_size
-        layers: list[nn.Module] = [*_conv(in_chans, self.WIDTHS[0], 3, 4, 1)]
-        for width, wider in zip(self.WIDTHS, self.WIDTHS[1:]):
-            layers += [*_conv(width, width, 3, 2, width), *_conv(width, wider, 1, 1, 1)]
-        self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(self.WIDTHS[-1], num_tails)
-        # no tail is preferred before training
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, K)
-        size = (self.image_size, self.image_size)
-        # no gradient reaches the image; resampling in float32, since not every device resamples half floats
-        small = F.interpolate(images.detach().float(), size, mode="bilinear", antialias=True, align_corners=False)
-        return self.head(self.features(small.to(images.dtype)).mean(dim=(2, 3)))
-
-    def macs(self) -> int:
-        """Multiply-accumulates for one image."""
-        side, total = self.image_size, 0
-        for layer in self.features:
-            if isinstance(layer, nn.Conv2d):
-                side = (side - 1) // layer.stride[0] + 1
-                total += side**2 * layer.weight.numel()
-        return total + self.head.weight.numel()
 
 
 class MTViT(Method):
@@ -214,8 +175,3 @@ def tail_macs(sizes: ViTConfig, grid: int, kernel: int) -> float:
     tokens, dim = 1 + grid**2, sizes.embed_dim
     block = (4 + 2 * sizes.mlp_ratio) * tokens * dim**2 + 2 * tokens**2 * dim
     return sizes.depth * block + grid**2 * sizes.in_chans * kernel**2 * dim + sizes.num_classes * dim
-
-
-def _conv(width: int, wider: int, kernel: int, stride: int, groups: int) -> list[nn.Module]:
-    conv = nn.Conv2d(width, wider, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(wider), nn.ReLU()]

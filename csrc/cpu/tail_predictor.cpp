@@ -1,0 +1,182 @@
+// MT-ViT's tail predictor in evaluation mode, as one operator: resample the image as F.interpolate with antialias does,
+// then convolution, batch norm and ReLU seven times over, mean, linear layer. Everything in float32.
+//   images (B, C, H, W); layers: weight, and gamma, beta, mean, variance of the batch norm, of each convolution in
+//   order: (O, C, 3, 3) every fourth position, then pairs (O, 1, 3, 3) every second and (P, O, 1, 1); head (K, P) and
+//   (K,) out (B, K) in images' dtype. B may be 0. Images are independent of each other: threads write disjoint rows.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../checks.h"
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace mtvit_ops {
+namespace {
+
+constexpr int64_t kMostSize = 4096;
+
+struct Side {
+  std::vector<int32_t> start, length;
+  std::vector<float> weights;
+  int64_t most = 0;
+
+  Taps taps() const { return {start.data(), length.data(), weights.data(), static_cast<int64_t>(start.size()), most}; }
+};
+
+// A triangle as wide as two pixels of the coarser side, over the pixels whose centres it covers. Of the `size` new
+// pixels those at 4 i - 1, 4 i and 4 i + 1; the first and the last may lie outside.
+Side resampled_side(int64_t pixels, int64_t size) {
+  const double scale = static_cast<double>(pixels) / static_cast<double>(size), reach = std::max(scale, 1.0);
+  const int64_t positions = (size - 1) / 4 + 1;
+  Side side;
+  side.most = static_cast<int64_t>(2 * std::ceil(reach)) + 2;
+  side.weights.resize(static_cast<size_t>(3 * positions * side.most));
+  for (int64_t i = 0; i < 3 * positions; ++i) {
+    const int64_t at = i / 3 * 4 + i % 3 - 1;
+    int64_t first = 0, last = 0;
+    float* weights = side.weights.data() + i * side.most;
+    if (at >= 0 && at < size) {
+      const double centre = scale * (static_cast<double>(at) + 0.5);
+      first = std::clamp<int64_t>(static_cast<int64_t>(centre - reach + 0.5), 0, pixels);
+      last = std::clamp<int64_t>(static_cast<int64_t>(centre + reach + 0.5), first, pixels);
+      double total = 0;
+      for (int64_t k = first; k < last; ++k) {
+        const double weight = std::max(0.0, 1 - std::abs((static_cast<double>(k) + 0.5 - centre) / reach));
+        weights[k - first] = static_cast<float>(weight);
+        total += weight;
+      }
+      for (int64_t k = first; k < last; ++k) weights[k - first] = static_cast<float>(weights[k - first] / total);
+    }
+    MTVIT_ASSERT(last - first <= side.most);
+    side.start.push_back(static_cast<int32_t>(first));
+    side.length.push_back(static_cast<int32_t>(last - first));
+  }
+  return side;
+}
+
+std::vector<float> floats(const char* name, const Tensor& given) {
+  const Tensor t = as_contiguous(given);
+  std::vector<float> copy(static_cast<size_t>(t.numel()));
+  if (!copy.empty()) kernels().to_float32(check_dtype(name, t), t.data_ptr(), copy.data(), t.numel());
+  return copy;
+}
+
+struct Layer {
+  std::vector<float> weights, shift;  // (taps, padded outputs), (padded outputs,)
+};
+
+// A convolution and its batch norm; `inputs` is 1 where each channel stays by itself.
+Layer fold(const std::vector<Tensor>& layers, size_t index, int64_t outputs, int64_t inputs, int64_t kernel,
+           double eps) {
+  const Tensor& weight = layers[5 * index];
+  check_dim("layers", weight, 4, "(O, I, k, k)");
+  MTVIT_CHECK(
+      weight.size(0) == outputs && weight.size(1) == inputs && weight.size(2) == kernel && weight.size(3) == kernel,
+      "layers[", 5 * index, "] must have shape (", outputs, ", ", inputs, ", ", kernel, ", ", kernel, "), got ",
+      shape_of(weight));
+  for (size_t i = 1; i < 5; ++i) check_length("layers", layers[5 * index + i], outputs);
+  const std::vector<float> w = floats("layers", weight), gamma = floats("layers", layers[5 * index + 1]),
+                           beta = floats("layers", layers[5 * index + 2]),
+                           mean = floats("layers", layers[5 * index + 3]),
+                           variance = floats("layers", layers[5 * index + 4]);
+  const int64_t taps = inputs * kernel * kernel, padded = round_up(outputs, kMaxWidth);
+  Layer folded{std::vector<float>(static_cast<size_t>(taps * padded)), std::vector<float>(static_cast<size_t>(padded))};
+  for (int64_t o = 0; o < outputs; ++o) {
+    const auto i = static_cast<size_t>(o);
+    const float scale = gamma[i] / std::sqrt(variance[i] + static_cast<float>(eps));
+    folded.shift[i] = beta[i] - mean[i] * scale;
+    for (int64_t k = 0; k < taps; ++k) {
+      folded.weights[static_cast<size_t>(k * padded + o)] = w[static_cast<size_t>(o * taps + k)] * scale;
+    }
+  }
+  return folded;
+}
+
+Tensor tail_predictor(const Tensor& images, int64_t size, const std::vector<Tensor>& layers, double eps,
+                      const Tensor& head_weight, const Tensor& head_bias) {
+  check_dim("images", images, 4, "(B, C, H, W)");
+  const Dtype dtype = check_dtype("images", images);
+  const int64_t batch = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
+  MTVIT_CHECK(channels > 0 && height > 0 && width > 0 && height < (int64_t{1} << 30) && width < (int64_t{1} << 30),
+              "images must have channels and pixels, got ", shape_of(images));
+  MTVIT_CHECK(size >= 1 && size <= kMostSize, "size must be in [1, ", kMostSize, "], got ", size);
+  MTVIT_CHECK(layers.size() >= 5 && layers.size() % 10 == 5, "layers must be 5, 15, 25 ... tensors, got ",
+              layers.size());
+  check_dim("head_weight", head_weight, 2, "(K, P)");
+  const int64_t tails = head_weight.size(0);
+  check_length("head_bias", head_bias, tails);
+
+  std::vector<Layer> folded;
+  std::vector<int64_t> widths;
+  const auto outputs = [&](size_t index) {
+    check_dim("layers", layers[5 * index], 4, "(O, I, k, k)");
+    MTVIT_CHECK(layers[5 * index].size(0) > 0, "layers[", 5 * index, "] must have outputs, got ",
+                shape_of(layers[5 * index]));
+    return layers[5 * index].size(0);
+  };
+  widths.push_back(outputs(0));
+  folded.push_back(fold(layers, 0, widths[0], channels, 3, eps));
+  for (size_t index = 1; index < layers.size() / 5; index += 2) {
+    folded.push_back(fold(layers, index, widths.back(), 1, 3, eps));
+    const int64_t wider = outputs(index + 1);
+    folded.push_back(fold(layers, index + 1, wider, widths.back(), 1, eps));
+    widths.push_back(wider);
+  }
+  MTVIT_CHECK(head_weight.size(1) == widths.back(), "head_weight must have shape (K, ", widths.back(), "), got ",
+              shape_of(head_weight));
+  const std::vector<float> head = floats("head_weight", head_weight), bias = floats("head_bias", head_bias);
+  const int64_t last_width = round_up(widths.back(), kMaxWidth);
+  std::vector<float> padded_head(static_cast<size_t>(tails * last_width));
+  for (int64_t k = 0; k < tails; ++k) {
+    std::copy_n(head.data() + k * widths.back(), widths.back(), padded_head.data() + k * last_width);
+  }
+
+  const Side rows = resampled_side(height, size), columns = resampled_side(width, size);
+  std::vector<const float*> weights, shifts;
+  for (const Layer& layer : folded) {
+    weights.push_back(layer.weights.data());
+    shifts.push_back(layer.shift.data());
+  }
+  const Tensor pixels = as_contiguous(images);
+  PredictorTask t{};
+  t.dtype = dtype;
+  t.images = pixels.data_ptr();
+  t.channels = channels;
+  t.height = height;
+  t.width = width;
+  t.rows = rows.taps();
+  t.columns = columns.taps();
+  t.widths = widths.data();
+  t.weights = weights.data();
+  t.shifts = shifts.data();
+  t.head = padded_head.data();
+  t.head_bias = bias.data();
+  t.pairs = static_cast<int64_t>(widths.size()) - 1;
+  t.tails = tails;
+  const int64_t positions = t.rows.count / 3 * (t.columns.count / 3);
+  t.most_activations = positions * round_up(*std::max_element(widths.begin(), widths.end()), kMaxWidth);
+
+  Tensor out = empty_float32(std::array{batch, tails});
+  auto* logits = mutable_data<float>(out);
+  const Kernels& native = kernels();
+  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(predictor_scratch_floats(t)));
+    for (int64_t b = begin; b < end; ++b) native.predict_tail(t, b, scratch.data(), logits + b * tails);
+  });
+  return images.scalar_type() == ScalarType::Float ? out : torch::stable::to(out, images.scalar_type());
+}
+
+}  // namespace
+}  // namespace mtvit_ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
+  m.def(
+      "tail_predictor(Tensor images, int size, Tensor[] layers, float eps, Tensor head_weight, Tensor head_bias) -> "
+      "Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
+  m.impl("tail_predictor", TORCH_BOX(&mtvit_ops::tail_predictor));
+}

@@ -1,0 +1,111 @@
+"""The network that looks at an image and says which of MT-ViT's tails it needs."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+
+from .. import _backend, _extension
+from .._register import Kernel, native_operator
+from ..nn.half_block import is_plain
+
+
+class TailPredictor(nn.Module):
+    """A strided CNN so small that asking it costs little against the cheapest tail.
+
+    In evaluation mode on the CPU, where no gradient is wanted, it is one native operator, which keeps float32 inside.
+
+    Args:
+        in_chans: image channels.
+        num_tails: K.
+        image_size: side of what it looks at, pixels.
+    """
+
+    WIDTHS = (16, 32, 64, 96)
+
+    def __init__(self, in_chans: int, num_tails: int, image_size: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+        layers: list[nn.Module] = [*_conv(in_chans, self.WIDTHS[0], 3, 4, 1)]
+        for width, wider in zip(self.WIDTHS, self.WIDTHS[1:]):
+            layers += [*_conv(width, width, 3, 2, width), *_conv(width, wider, 1, 1, 1)]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(self.WIDTHS[-1], num_tails)
+        # no tail is preferred before training
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, K)
+        native = None if self.training else _native_for(images)
+        given = None if native is None else self._native_arguments(images)
+        if native is not None and given is not None:
+            return native(images, self.image_size, *given)
+        size = (self.image_size, self.image_size)
+        # no gradient reaches the image; resampling in float32, since not every device resamples half floats
+        small = F.interpolate(images.detach().float(), size, mode="bilinear", antialias=True, align_corners=False)
+        return self.head(self.features(small.to(images.dtype)).mean(dim=(2, 3)))
+
+    def macs(self) -> int:
+        """Multiply-accumulates for one image."""
+        side, total = self.image_size, 0
+        for layer in self.features:
+            if isinstance(layer, nn.Conv2d):
+                side = (side - 1) // layer.stride[0] + 1
+                total += side**2 * layer.weight.numel()
+        return total + self.head.weight.numel()
+
+    def _native_arguments(self, images: Tensor) -> tuple[Any, ...] | None:
+        """Those behind images and size; None: somebody changed a layer or watches it, so all must run themselves."""
+        layers: list[Tensor] = []
+        eps = None
+        parts = [*self.features._modules.values()]
+        kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+        head = self._modules["head"]
+        if len(parts) != 6 * len(self.WIDTHS) - 3 or type(head) is not nn.Linear or not is_plain(head):
+            return None
+        if not is_plain(self.features):
+            return None
+        # parameters are read from the dicts that hold them: attribute look-up would cost as much as the convolutions
+        for index, part in enumerate(parts):
+            if part is None or type(part) is not kinds[index % 3] or not is_plain(part):
+                return None
+            parameters = part._parameters
+            if index % 3 == 0:
+                layers.append(parameters.get("weight"))  # type: ignore[arg-type]
+            elif index % 3 == 1:
+                eps = part.eps if eps is None else eps
+                mean, var = part._buffers["running_mean"], part._buffers["running_var"]
+                if part.eps != eps or mean is None or var is None or part.training:
+                    return None
+                layers += [parameters.get("weight"), parameters.get("bias"), mean, var]  # type: ignore[list-item]
+        weight, bias = head._parameters.get("weight"), head._parameters.get("bias")
+        tensors = [*layers, weight, bias]
+        if any(tensor is None or not tensor.is_cpu or tensor.dtype is not images.dtype for tensor in tensors):
+            return None
+        return layers, eps, weight, bias
+
+
+def _conv(width: int, wider: int, kernel: int, stride: int, groups: int) -> list[nn.Module]:
+    conv = nn.Conv2d(width, wider, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(wider), nn.ReLU()]
+
+
+@cache
+def _native() -> Kernel | None:
+    return native_operator("tail_predictor") if _extension.has_extension() else None
+
+
+def _native_for(images: Tensor) -> Kernel | None:
+    """The native operator, where it may serve: inference on the CPU, with nobody watching operators or modules."""
+    if not images.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if images.dtype is torch.float64 or not images.dtype.is_floating_point or torch.is_autocast_enabled("cpu"):
+        return None
+    if torch._C._len_torch_dispatch_stack() or torch_module._has_any_global_hook():
+        return None
+    return _native() if _backend.preferred_backend() in (None, "cpp") else None

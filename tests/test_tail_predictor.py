@@ -1,0 +1,193 @@
+"""MT-ViT's predictor as one native operator: what PyTorch's layers compute, wherever it may serve, and no further."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtvit_ops import _backend, _extension, create_model
+from mtvit_ops.methods import _tail_predictor
+from mtvit_ops.methods._tail_predictor import TailPredictor
+from mtvit_ops.testing import assert_close_to_float64
+
+pytestmark = pytest.mark.skipif(not _extension.has_extension(), reason=str(_extension.extension_error()))
+
+native = torch.ops.mtvit_ops_cpp
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+SIZES = {  # (batch, channels, height, width, predictor_size)
+    "usual": (2, 3, 224, 224, 96),
+    "as-it-is": (3, 3, 96, 96, 96),
+    "enlarged": (2, 1, 20, 24, 96),
+    "one-side-smaller": (2, 3, 40, 150, 64),
+    "odd": (3, 2, 37, 53, 17),
+    "window-at-the-edge": (2, 3, 64, 64, 18),
+    "smallest": (1, 3, 16, 16, 16),
+    "one-pixel": (2, 3, 1, 1, 16),
+    "long": (1, 1, 7, 700, 33),
+    "no-images": (0, 3, 32, 32, 16),
+}
+
+
+def make_predictor(channels: int, size: int, dtype: torch.dtype, tails: int = 3) -> TailPredictor:
+    """One that has learned: no number is where it began."""
+    torch.manual_seed(0)
+    predictor = TailPredictor(channels, tails, size)
+    for part in predictor.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.weight.data.normal_(1.0, 0.3)
+            part.bias.data.normal_(0.0, 0.3)
+            part.running_mean.normal_(0.0, 0.3)
+            part.running_var.uniform_(0.3, 2.0)
+    nn.init.normal_(predictor.head.weight)
+    nn.init.normal_(predictor.head.bias)
+    return predictor.eval().to(dtype)
+
+
+def in_pytorch(predictor: TailPredictor, images: Tensor) -> Tensor:
+    small = F.interpolate(images, (predictor.image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
+    return predictor.head(predictor.features(small).mean(dim=(2, 3)))
+
+
+def arguments(predictor: TailPredictor, images: Tensor) -> tuple:
+    given = predictor._native_arguments(images)
+    assert given is not None
+    return images, predictor.image_size, *given
+
+
+@DTYPES
+@pytest.mark.parametrize("case", SIZES)
+def test_against_float64(case: str, dtype: torch.dtype) -> None:
+    batch, channels, height, width, size = SIZES[case]
+    predictor = make_predictor(channels, size, dtype)
+    images = torch.randn(batch, channels, height, width).to(dtype)
+    with torch.inference_mode():
+        got = native.tail_predictor(*arguments(predictor, images))
+        exact = in_pytorch(copy.deepcopy(predictor).double(), images.double())
+        with _backend.use_backend("reference"):
+            plain = predictor(images)
+        assert torch.equal(predictor(images), got)
+    assert got.shape == (batch, 3)
+    assert_close_to_float64("logits", got, exact, plain)
+
+
+def test_strides_threads_and_repetition_change_no_bit() -> None:
+    predictor = make_predictor(3, 96, torch.float32)
+    images = torch.randn(5, 3, 60, 70)
+    threads = torch.get_num_threads()
+    with torch.inference_mode():
+        wanted = predictor(images)
+        wide = torch.full((5, 70, 60, 9), torch.nan)
+        wide[..., 2:8:2] = images.permute(0, 3, 2, 1)
+        assert torch.equal(predictor(wide[..., 2:8:2].permute(0, 3, 2, 1)), wanted)
+        assert torch.equal(torch.cat([predictor(image[None]) for image in images]), wanted)
+        try:
+            torch.set_num_threads(3 - min(threads, 2))
+            assert torch.equal(predictor(images), wanted)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_an_untrained_head_prefers_nothing() -> None:
+    with torch.inference_mode():
+        assert torch.equal(TailPredictor(3, 3, 96).eval()(torch.randn(2, 3, 64, 64)), torch.zeros(2, 3))
+
+
+def test_nan_is_not_hidden() -> None:
+    predictor = make_predictor(3, 16, torch.float32)
+    images = torch.zeros(2, 3, 16, 16)
+    images[1, 0, 4, 4] = torch.nan
+    with torch.inference_mode():
+        got = predictor(images)
+    assert got[0].isfinite().all()
+    assert got[1].isnan().all()
+
+
+class Counted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+def test_serves_in_inference_and_steps_aside_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = _tail_predictor._native()
+    assert real is not None
+    monkeypatch.setattr(_tail_predictor, "_native", lambda: lambda *args: calls.append(1) or real(*args))
+    predictor, images = make_predictor(3, 32, torch.float32), torch.randn(2, 3, 40, 40)
+
+    def served() -> bool:
+        calls.clear()
+        predictor(images)
+        return bool(calls)
+
+    assert not served()  # gradients
+    with torch.no_grad():
+        assert served()
+        with _backend.use_backend("reference"):
+            assert not served()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not served()
+        handle = predictor.features[3].register_forward_hook(lambda *_: None)
+        assert not served()
+        handle.remove()
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+        assert not served()
+        handle.remove()
+        predictor.train()
+        assert not served()
+        predictor.eval()
+        relu, predictor.features[2] = predictor.features[2], Counted()
+        assert not served()
+        predictor.features[2] = relu
+        predictor.features[1].eps = 1e-3
+        assert not served()
+        predictor.features[1].eps = 1e-5
+        assert served()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_chooses_as_with_pytorch_s_layers(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = create_model("mtvit_tiny_patch16_224", img_size=64, embed_dim=32, depth=2, num_heads=2, grids=(1, 2, 4))
+    model.method.predictor = make_predictor(3, 96, torch.float32)
+    model = model.eval().to(dtype)
+    images = torch.randn(16, 3, 64, 64).to(dtype)
+    with torch.inference_mode():
+        _, trace = model(images, return_trace=True)
+        with _backend.use_backend("reference"):
+            _, wanted = model(images, return_trace=True)
+    logits = wanted.extras["predictor_logits"].float().sort(dim=1).values
+    clear = logits[:, -1] - logits[:, -2] > 0.1  # closer ones are a matter of rounding
+    assert clear.any()
+    assert torch.equal(trace.extras["tail"][clear], wanted.extras["tail"][clear])
+
+
+BAD = {
+    "images": (lambda a: (a[0][0], *a[1:]), r"images must have shape \(B, C, H, W\), got \(3, 16, 16\)"),
+    "dtype": (lambda a: (a[0].double(), *a[1:]), "images must be float32, bfloat16 or float16"),
+    "pixels": (lambda a: (a[0][:, :, :0], *a[1:]), "images must have channels and pixels"),
+    "size": (lambda a: (a[0], 0, *a[2:]), r"size must be in \[1, 4096\], got 0"),
+    "layers": (lambda a: (*a[:2], a[2][:10], *a[3:]), "layers must be 5, 15, 25 ... tensors, got 10"),
+    "weight": (
+        lambda a: (*a[:2], [a[2][0][:, :1], *a[2][1:]], *a[3:]),
+        r"layers\[0\] must have shape \(16, 3, 3, 3\), got \(16, 1, 3, 3\)",
+    ),
+    "norm": (
+        lambda a: (*a[:2], [a[2][0], a[2][1][:5], *a[2][2:]], *a[3:]),
+        r"layers must have shape \(16,\), got \(5,\)",
+    ),
+    "head": (lambda a: (*a[:4], a[4][:, :5], a[5]), r"head_weight must have shape \(K, 96\), got \(3, 5\)"),
+    "head_bias": (lambda a: (*a[:5], a[5][:2]), r"head_bias must have shape \(3,\), got \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_misfits_are_told(case: str) -> None:
+    spoil, message = BAD[case]
+    predictor = make_predictor(3, 16, torch.float32)
+    given = arguments(predictor, torch.randn(1, 3, 16, 16))
+    with pytest.raises(RuntimeError, match=message):
+        native.tail_predictor(*spoil(given))

@@ -1,0 +1,44 @@
+"""Drawn calls of MT-ViT's tail predictor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fuzz_blocks import dense, opaque
+from fuzz_draw import Draw
+from torch import Tensor
+from torch.nn import functional as F
+
+native = torch.ops.mtvit_ops_cpp
+
+
+def case_tail_predictor(draw: Draw) -> tuple[Any, Any]:
+    channels, tails = 1 + draw.size(3), draw.size(4)
+    size = 1 + draw.size(40) if not draw.spoilt() else draw.random.choice((0, -1, 4097, 2**62))
+    images = draw.tensor(draw.size(3), channels, 1 + draw.size(40), 1 + draw.size(40))
+    shapes, width = [(1 + draw.size(20), channels, 3, 3)], 0
+    for _ in range(draw.random.randint(0, 3)):
+        width = shapes[-1][0]
+        shapes += [(width, 1, 3, 3), (1 + draw.size(20), width, 1, 1)]
+    layers = []
+    for shape in shapes:
+        layers += [opaque(draw, draw.tensor(*shape) * 0.2)]
+        layers += [opaque(draw, draw.tensor(shape[0]) * 0.2) for _ in range(3)]
+        layers += [opaque(draw, draw.tensor(shape[0]).abs() + 1)]
+    if draw.spoilt():
+        layers = layers[:-1]
+    head = draw.tensor(tails, shapes[-1][0]), draw.tensor(tails)
+    got = native.tail_predictor(images, size, layers, 1e-5, *head)
+
+    def expected() -> Tensor:
+        x = F.interpolate(images.double(), (size, size), mode="bilinear", antialias=True, align_corners=False)
+        for index, shape in enumerate(shapes):
+            weight, gamma, beta, mean, var = (dense(t).double() for t in layers[5 * index : 5 * index + 5])
+            depthwise = index % 2 == 1
+            stride = 4 if index == 0 else 1 + depthwise
+            x = F.conv2d(x, weight, None, stride, shape[2] // 2, 1, shape[0] if depthwise else 1)
+            x = F.batch_norm(x, mean, var, gamma, beta, eps=1e-5).relu()
+        return F.linear(x.mean(dim=(2, 3)), *(t.double() for t in head)).to(images.dtype)
+
+    return got, expected

@@ -13,7 +13,7 @@ from . import cli_train
 from ._arguments import count, override, ratio, seed
 from ._extension import build_info
 from ._version import __version__
-from .compare_options import DEFAULT_RATIO, DTYPES, SIZES, CompareError, CompareOptions
+from .compare_options import DEFAULT_RATIO, DEFAULT_SIZE, DTYPES, SIZES, CompareError, CompareOptions
 from .environment import describe_environment
 from .lineup import BASELINE, METHODS, TITLES
 
@@ -24,11 +24,11 @@ Run the dense vision transformer and four adaptive ones on photographs.
 
 Each adaptive method gets the dense model's weights and is calibrated to the
 same share of its multiply-accumulates (--mac-ratio); with --trained each has
-weights and a cost of its own, and --size is not read. Before anything is timed,
-each is checked: removing tokens must give what masking them gives, and an image
-in a batch what it gives alone. Then all models are timed in turn, and one table
-says what the saving on paper is worth on the clock. With --out, pictures show
-which patches lived how long.
+size, weights and cost of its own. Before anything is timed, each is checked:
+removing tokens must give what masking them gives, and an image in a batch what
+it gives alone. Then all models are timed in turn, and one table says what the
+saving on paper is worth on the clock. With --out, pictures show which patches
+lived how long.
 """
 
 _COMPARE_EPILOG = """\
@@ -131,7 +131,7 @@ def _add_compare(commands: Any) -> None:
         "models": f"methods to compare, separated by commas (default: all); {BASELINE}, the dense one, always runs",
         "trained": "folder of model files that mtvit-ops train wrote, one a method, the dense ViT among them; each runs"
         " as it was trained, unless --mac-ratio asks for another cost",
-        "size": "of the backbone, as DeiT names them (default: %(default)s)",
+        "size": f"of the backbone, as DeiT names them (default: {DEFAULT_SIZE}; with --trained: as the files have it)",
         "mac_ratio": "share of the dense model's multiply-accumulates to calibrate to, above 0 up to 1 (default:"
         f" {DEFAULT_RATIO}; with --trained: as the files have it)",
         "batch": "images run at once (default: %(default)s)",

@@ -196,7 +196,7 @@ def _build_models(options: CompareOptions, device: torch.device, build: Build | 
     dtype = DTYPES[options.dtype]
     if build is None and options.trained is not None:
         return build_trained(options.trained, options.models, options.overrides, device, dtype)
-    given = options.models, options.size, options.checkpoints, options.overrides, options.seed, device, dtype
+    given = options.models, options.wanted_size, options.checkpoints, options.overrides, options.seed, device, dtype
     return (build or build_lineup)(*given)
 
 

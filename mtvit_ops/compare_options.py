@@ -11,6 +11,7 @@ import torch
 from .lineup import METHODS
 
 DEFAULT_RATIO = 0.65
+DEFAULT_SIZE = "small"
 SIZES = ("tiny", "small", "base")
 _MOST_THREADS = 4096  # the thread library ends the process where the system gives it no more
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,9 +28,9 @@ class CompareOptions:
     Attributes:
         photos: files and folders; empty: the free photographs of scikit-image.
         models: methods out of ``lineup.METHODS``; the dense baseline is always there.
-        size: ``"tiny"``, ``"small"`` or ``"base"``.
-        trained: folder of model files, each with its own weights (see ``find_trained``); ``size`` and ``checkpoints``
-            are not read then. None: random weights, or ``checkpoints``.
+        size: ``"tiny"``, ``"small"`` or ``"base"``; None: small, and for trained models their files' own.
+        trained: folder of model files, each with its own size and weights (see ``find_trained``); ``size`` and
+            ``checkpoints`` cannot be given beside it. None: random weights, or ``checkpoints``.
         mac_ratio: wanted share of the dense model's multiply-accumulates, in (0, 1]; None: 0.65, and for trained models
             as their files have it.
         batch: images run at once.
@@ -47,7 +48,7 @@ class CompareOptions:
 
     photos: tuple[str, ...] = ()
     models: tuple[str, ...] = METHODS
-    size: str = "small"
+    size: str | None = None
     trained: str | None = None
     mac_ratio: float | None = None
     batch: int = 8
@@ -67,10 +68,13 @@ class CompareOptions:
             _one_of("models", name, METHODS)
         for name in self.checkpoints:
             _one_of("checkpoints", name, (*METHODS, "all"))
-        _one_of("size", self.size, SIZES)
+        if self.size is not None:
+            _one_of("size", self.size, SIZES)
         _one_of("dtype", self.dtype, tuple(DTYPES))
         if self.trained is not None and self.checkpoints:
             raise CompareError("checkpoints must be empty beside trained models, which have weights of their own")
+        if self.trained is not None and self.size is not None:
+            raise CompareError(f"size must be None beside trained models, which have their own, got {self.size!r}")
         if self.mac_ratio is not None and not 0 < self.mac_ratio <= 1:
             raise CompareError(f"mac_ratio must be in (0, 1], got {self.mac_ratio}")
         for name in ("batch", "rounds", "threads", "sample"):
@@ -79,6 +83,11 @@ class CompareOptions:
                 raise CompareError(f"{name} must be >= 1, got {value}")
         if self.threads is not None and self.threads > _MOST_THREADS:
             raise CompareError(f"threads must be in [1, {_MOST_THREADS}], got {self.threads}")
+
+    @property
+    def wanted_size(self) -> str:
+        """Of models that are not trained ones."""
+        return DEFAULT_SIZE if self.size is None else self.size
 
     @property
     def wanted_ratio(self) -> float | None:

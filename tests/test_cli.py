@@ -89,6 +89,7 @@ WRONG = {
     "model": (["--models=resnet"], ["--models", "vit, avit", "'resnet'"]),
     "no-model": (["--models=,"], ["--models", "','"]),
     "size": (["--size=huge"], ["--size", "tiny", "'huge'"]),
+    "size-trained": (["--size=tiny", "--trained=models"], ["size must be None beside trained models", "'tiny'"]),
     "dtype": (["--dtype=int8"], ["--dtype", "float32", "'int8'"]),
     "ratio-0": (["--mac-ratio=0"], ["--mac-ratio", "above 0 and up to 1", "'0'"]),
     "ratio-2": (["--mac-ratio=2"], ["--mac-ratio", "'2'"]),

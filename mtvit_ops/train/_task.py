@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import FLOATS, check_real, check_tensor
+from .._checks import FLOATS, check_choice, check_real, check_tensor
 
 
-def task_loss(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def task_loss(logits: Tensor, target: Tensor, label_smoothing: float = 0.0, *, reduction: str = "mean") -> Tensor:
     """Cross-entropy, the mean over images.
 
     Args:
         logits: (B, C), any float dtype, B >= 1.
         target: class indices, (B,), int64, each in [0, C); or one weight a class, (B, C), any float dtype (mixup).
         label_smoothing: share of every target that is spread evenly over all classes, in [0, 1].
+        reduction: ``"mean"``, or ``"none"``: each image's own.
 
     Returns:
-        A scalar, float32 (float64 for float64 logits).
+        A scalar, or (B,), float32 (float64 for float64 logits).
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, no images; on the CPU also an index outside
@@ -33,10 +34,11 @@ def task_loss(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> T
     check_tensor("logits", logits, ("B", "C"), FLOATS)
     check_target(target, logits.shape[0], logits.shape[1], logits)
     check_real("label_smoothing", label_smoothing, 0.0, 1.0)
+    check_choice("reduction", reduction, ("mean", "none"))
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if target.is_floating_point():
         target = target.to(wide.dtype)
-    return F.cross_entropy(wide, target, label_smoothing=label_smoothing)
+    return F.cross_entropy(wide, target, label_smoothing=label_smoothing, reduction=reduction)
 
 
 def check_target(target: Any, batch: int, classes: int, like: Tensor) -> None:

@@ -43,8 +43,11 @@ class MTViTLoss:
         flops: weight of the squared distance of the mean cost from ``cost_target``.
         entropy: weight of the balance of the tails over the batch, against collapse; see ``entropy_weight_at``.
         cost_target: wanted mean cost, relative to the dearest tail: between the cheapest tail's and 1.
+        estimator: how the predictor learns what a choice is worth. ``"gumbel"``: from a drawn choice, straight through;
+            ``"expected"``: from the losses of all tails, weighed by its probabilities, which is the mean of what draws
+            would say, without their noise; mode ``"dense"`` only.
         one_sided: do not punish a mean cost below the target.
-        temperature: of the Gumbel-Softmax, (0, 1e6]; see ``temperature_at``.
+        temperature: of the (Gumbel-)Softmax, (0, 1e6]; see ``temperature_at``.
         label_smoothing: of the cross-entropies, [0, 1].
 
     Weights lie in [0, 1e9]; None: 1, 1, 2 and 0.01 in this order, and 0 for a term that the mode does not have
@@ -57,6 +60,7 @@ class MTViTLoss:
     flops: float | None = None
     entropy: float | None = None
     cost_target: float = 0.5
+    estimator: str = "gumbel"
     one_sided: bool = False
     temperature: float = 1.0
     label_smoothing: float = 0.0
@@ -71,6 +75,9 @@ class MTViTLoss:
             if value and name not in DEFAULTS[self.mode]:
                 raise ValueError(f"{name} must be 0 in mode {self.mode!r}, which has no such term, got {value}")
         check_real("cost_target", self.cost_target, 0.0, 1.0, open_low=True)
+        check_choice("estimator", self.estimator, ("gumbel", "expected"))
+        if self.estimator == "expected" and self.mode != "dense":
+            raise ValueError(f"estimator must be 'gumbel' in mode {self.mode!r}, which does not run all tails")
         check_choice("one_sided", self.one_sided, (True, False))
         check_real("temperature", self.temperature, 0.0, 1e6, open_low=True)
         check_real("label_smoothing", self.label_smoothing, 0.0, 1.0)
@@ -97,7 +104,8 @@ def loss(
 
     With o_k the logits of tail k and y the one-hot choice of an image:
 
-    - ``task``: ``CE(sum_k y_k o_k)``; in mode ``"tails"`` ``sum_k CE(o_k)``.
+    - ``task``: ``CE(sum_k y_k o_k)``; in mode ``"tails"`` ``sum_k CE(o_k)``; with the estimator ``"expected"``
+      ``sum_k p_k CE(o_k)``, with p the predictor's probabilities in place of y, in the cost too.
     - ``tails``: ``sum_k CE(o_k)``, beside a choice.
     - ``distillation``: ``sum_k KL(o_K || o_k)`` over the cheaper tails, the dearest held constant.
     - ``flops``: ``(mean relative cost - cost_target)^2``, the mean over the batch of all processes, not an image's own.
@@ -128,11 +136,15 @@ def loss(
     model.check_images(images)
     terms: dict[str, Tensor] = {}
     factors = weights.of_terms()
-    choice = None
+    choice = shares = None
     if weights.mode != "tails":
         _check_target(method, weights, factors["flops"])
         scores = _wide(method.predictor(images))
-        choice = choose(scores, weights.temperature, gumbel_noise(scores) if model.training else None)
+        if weights.estimator == "gumbel":
+            choice = choose(scores, weights.temperature, gumbel_noise(scores) if model.training else None)
+            shares = choice.weights
+        else:
+            shares = (scores / weights.temperature).softmax(dim=1)  # (B, K)
     if weights.mode == "sparse":
         assert choice is not None
         chosen = choice.weights.gather(1, choice.tail[:, None].long())  # (B, 1): 1, with a gradient
@@ -140,16 +152,22 @@ def loss(
         terms["task"] = task_loss(logits, target, weights.label_smoothing)
     else:
         every = _wide(all_logits(model, images))  # (K, B, C)
-        every_task = torch.stack([task_loss(each, target, weights.label_smoothing) for each in every.unbind()]).sum()
-        if choice is None:
+        losses = torch.stack(
+            [task_loss(each, target, weights.label_smoothing, reduction="none") for each in every.unbind()]
+        )  # (K, B)
+        every_task = losses.mean(dim=1).sum()
+        if shares is None:
             terms["task"] = every_task
+        elif choice is None:
+            terms["task"] = (shares.T * losses).sum(dim=0).mean()
         else:
-            logits = (choice.weights.T[:, :, None] * every).sum(dim=0)
+            logits = (shares.T[:, :, None] * every).sum(dim=0)
             terms["task"] = task_loss(logits, target, weights.label_smoothing)
+        if shares is not None:
             terms["tails"] = every_task
         terms["distillation"] = distillation_term(every)
-    if choice is not None:
-        terms["flops"] = flops_term(choice.weights, method.relative_costs, weights.cost_target, weights.one_sided)
+    if shares is not None:
+        terms["flops"] = flops_term(shares, method.relative_costs, weights.cost_target, weights.one_sided)
         terms["entropy"] = entropy_term(scores)
     # a term of weight 0 costs no backward pass
     weighted = [factors[name] * term for name, term in terms.items() if factors[name]]

@@ -102,6 +102,33 @@ def test_gradient_of_the_predictor(mode: str, temperature: float, backend: str, 
     assert want.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_expected_loss_is_the_mean_of_what_draws_would_cost(temperature: float, backend: str, device: str) -> None:
+    model = in_float64(adaptive(device))
+    images, target = make_images(BATCH).to(model.cls_token), TARGET.to(device)
+    terms = {"flops": 1.0, "tails": 0.0, "distillation": 0.0, "entropy": 0.0}
+    weights = MTViTLoss(estimator="expected", temperature=temperature, cost_target=0.6, **terms)
+    step = Step(model, weights)
+    with torch.no_grad():
+        soft = (model.method.predictor(images) / temperature).softmax(dim=1)
+        worth = torch.stack([F.cross_entropy(each, target, reduction="none") for each in all_logits(model, images)])
+        costs = torch.tensor(model.method.relative_costs, dtype=torch.float64, device=device)
+        excess = soft.mean(dim=0) @ costs - 0.6
+        slope = (worth.T + 2 * excess * costs) / BATCH
+        jacobian = (torch.diag_embed(soft) - soft[:, :, None] * soft[:, None]) / temperature
+        want = (jacobian @ slope[:, :, None])[:, :, 0].sum(dim=0)
+    assert_rounding(step.terms["task"], (soft * worth.T).sum() / BATCH)
+    assert_rounding(step.terms["flops"], excess.square())
+    assert_rounding(step.grads["method.predictor.head.bias"], want)
+    assert want.abs().max() > 1e-3
+
+
+def test_the_expected_loss_draws_nothing() -> None:
+    steps = [Step(drawing(), MTViTLoss(estimator="expected"), seed=seed) for seed in range(2)]
+    assert list(steps[0].terms) == TERMS["dense"]
+    assert_equal("loss", steps[0].total, steps[1].total)
+
+
 # the passes
 
 

@@ -29,7 +29,8 @@ examples:
   halting, from that model:
     mtvit-ops train recipes/imagenette_micro_avit.toml \\
         --data imagenette.zip --out runs/avit \\
-        --from runs/dense/best.safetensors
+        --from runs/dense/best.safetensors \\
+        --teacher runs/dense/best.safetensors
   go on after an interruption:
     mtvit-ops train ... --out runs/avit --resume
   another seed, for two epochs only:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _extension
 from .nn import VisionTransformer
 
 
@@ -80,6 +81,8 @@ def register_flop_formulas() -> None:
 
     ops = torch.ops.mtvit_ops
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_onednn_linear_flops)
+    if _extension.has_extension():
+        register_flop_formula(torch.ops.mtvit_ops_cpp.linear)(_panel_linear_flops)
     for op, formula in (
         (ops.varlen_attention, _varlen_attention_flops),
         (ops.varlen_attention_backward, _varlen_attention_backward_flops),
@@ -95,6 +98,11 @@ def register_flop_formulas() -> None:
 
 def _onednn_linear_flops(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+def _panel_linear_flops(a_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    outputs = math.prod(weight_shape) // max(a_shape[-1], 1)  # packed or not
+    return 2 * math.prod(a_shape) * outputs
 
 
 def _varlen_attention_flops(

@@ -30,7 +30,7 @@ LEVELS = (
     ("ragged",),
     ("ops",),
     ("_register",),
-    ("reference", "kernels", "_extension", "_backend", "_checks", "_onednn", "_version", "_timm"),
+    ("reference", "kernels", "_extension", "_backend", "_checks", "_cpu_linear", "_version", "_timm"),
 )
 BESIDE_ENGINE = 1
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

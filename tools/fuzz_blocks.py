@@ -9,7 +9,7 @@ from fuzz_draw import REFUSALS, Draw
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtvit_ops._onednn import onednn_dtypes
+from mtvit_ops._cpu_linear import onednn_dtypes
 from mtvit_ops.reference.gather_layer_norm import gather_layer_norm
 from mtvit_ops.reference.scatter_residual import scatter_residual
 from mtvit_ops.reference.varlen_attention import varlen_attention

@@ -1,10 +1,7 @@
-// What the operators of attention share: checks, views of q, k and v, and memory to work in.
+// What the operators of attention share: checks, and views of q, k and v.
 #pragma once
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "../checks.h"
+#include "memory.h"
 
 namespace mtvit_ops {
 
@@ -21,35 +18,6 @@ inline Tensor dense_last(const Tensor& t) {
 
 inline View view(const Tensor& t) {
   return {t.data_ptr(), t.stride(0), t.stride(1)};
-}
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float, Free>;
-
-inline Buffer allocate(int64_t floats) {
-  void* p = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(floats, 1), 16)) * sizeof(float));
-  if (p == nullptr) throw std::bad_alloc();
-  return Buffer(static_cast<float*>(p));
-}
-
-// Each thread keeps its scratch between calls up to 16 MiB, enough for 8192 keys of two 64-wide heads.
-inline float* thread_scratch(int64_t floats, Buffer& large) {
-  constexpr int64_t kKept = int64_t{4} << 20;
-  if (floats > kKept) {
-    large = allocate(floats);
-    return large.get();
-  }
-  thread_local Buffer kept;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    kept.reset();
-    size = 0;
-    kept = allocate(floats);
-    size = floats;
-  }
-  return kept.get();
 }
 
 inline void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k) {

@@ -4,26 +4,15 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "../checks.h"
+#include "memory.h"
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>
 
 namespace mtvit_ops {
 namespace {
-
-// A parameter as contiguous float32: the tensor's own memory, or `copy`. No PyTorch call, which would cost a small
-// layer norm as much as its rows.
-const float* parameter(const char* name, const Tensor& given, std::vector<float>& copy, std::optional<Tensor>& packed) {
-  if (!given.is_contiguous()) packed = as_contiguous(given);
-  const Tensor& t = packed ? *packed : given;
-  if (t.scalar_type() == ScalarType::Float) return data<float>(t);
-  copy.resize(static_cast<size_t>(t.size(0)));
-  kernels().to_float32(check_dtype(name, t), t.data_ptr(), copy.data(), t.size(0));
-  return copy.data();
-}
 
 void check_parameter(const char* name, const Tensor& given, const Tensor& x) {
   check_length(name, given, x.size(1));
@@ -40,10 +29,7 @@ Tensor normalise(const Tensor& tokens, const std::optional<Tensor>& rows, const 
   const Dtype dtype = check_dtype("x", x);
   const int64_t d = x.size(1);
   check_layer_norm(x, weight, bias);
-  std::vector<float> weight_copy, bias_copy;
-  std::optional<Tensor> weight_packed, bias_packed;
-  const float* weights = parameter("weight", weight, weight_copy, weight_packed);
-  const float* biases = parameter("bias", bias, bias_copy, bias_packed);
+  const Floats weights("weight", weight), biases("bias", bias);
   Tensor list;
   if (rows) {
     list = int32_vector("rows", *rows);
@@ -57,8 +43,8 @@ Tensor normalise(const Tensor& tokens, const std::optional<Tensor>& rows, const 
   t.dtype = dtype;
   t.x = x.data_ptr();
   t.rows = rows ? data<int32_t>(list) : nullptr;
-  t.weight = weights;
-  t.bias = biases;
+  t.weight = weights.data();
+  t.bias = biases.data();
   t.out = out.data_ptr();
   t.d = d;
   t.x_stride = x.stride(0);

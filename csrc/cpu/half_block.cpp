@@ -5,7 +5,9 @@
 //   feed_forward_half_: x[rows] += fc2(gelu(fc1(layer_norm(x[rows]))))
 //   block_:             one after the other
 // Nine operators dispatched from Python are serial time that a removed token does not shorten. Each step here is the
-// operator itself with its checks; weights may be packed by mkldnn::_reorder_linear_weight. T may be 0.
+// operator itself with its checks. T may be 0. `panels` says whose linear layers these are: PyTorch's oneDNN kernel,
+// whose weights mkldnn::_reorder_linear_weight packs, or ours, whose weights pack_panels packs and which take the layer
+// norm and the residual along.
 #include <optional>
 #include <tuple>
 
@@ -17,37 +19,53 @@
 namespace mtvit_ops {
 namespace {
 
+// linear(layer_norm(x[rows]))
+Tensor read(bool panels, const Tensor& x, const std::optional<Tensor>& rows, const Tensor& norm_weight,
+            const Tensor& norm_bias, double eps, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu) {
+  if (panels) return panel_linear_of_norm(x, rows, norm_weight, norm_bias, eps, weight, bias, gelu);
+  return onednn_linear(layer_norm_rows(x, rows, norm_weight, norm_bias, eps), weight, bias, gelu);
+}
+
+// x[rows] += linear(a)
+void write(bool panels, Tensor x, const std::optional<Tensor>& rows, const Tensor& a, const Tensor& weight,
+           const std::optional<Tensor>& bias) {
+  if (panels) return panel_linear_residual_(x, rows, a, weight, bias);
+  scatter_residual_(x, rows, onednn_linear(a, weight, bias), std::nullopt);
+}
+
 Tensor attention_half_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
                        const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& qkv_weight,
                        std::optional<Tensor> qkv_bias, int64_t heads, double scale, int64_t scores,
-                       const Tensor& proj_weight, std::optional<Tensor> proj_bias) {
-  const Tensor h = layer_norm_rows(x, rows, norm_weight, norm_bias, eps);
-  const Tensor qkv = onednn_linear(h, qkv_weight, qkv_bias);
+                       const Tensor& proj_weight, std::optional<Tensor> proj_bias, bool panels) {
+  const Tensor qkv = read(panels, x, rows, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, false);
   const auto [out, lse, received] = packed_attention(qkv, heads, cu_seqlens, max_seqlen, scale, scores);
   const Tensor flat = as_matrix(out, out.size(1) * out.size(2));
-  scatter_residual_(x, rows, onednn_linear(flat, proj_weight, proj_bias), std::nullopt);
+  write(panels, x, rows, flat, proj_weight, proj_bias);
   return received;
 }
 
 void feed_forward_half_(Tensor x, std::optional<Tensor> rows, const Tensor& norm_weight, const Tensor& norm_bias,
                         double eps, const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
-                        std::optional<Tensor> fc2_bias) {
-  const Tensor h = layer_norm_rows(x, rows, norm_weight, norm_bias, eps);
-  const Tensor hidden = onednn_linear(h, fc1_weight, fc1_bias, true);
-  scatter_residual_(x, rows, onednn_linear(hidden, fc2_weight, fc2_bias), std::nullopt);
+                        std::optional<Tensor> fc2_bias, bool panels) {
+  const Tensor hidden = read(panels, x, rows, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, true);
+  write(panels, x, rows, hidden, fc2_weight, fc2_bias);
 }
 
 // Whatever feed_forward_half_ would refuse that attention_half_ does not look at.
 void check_feed_forward(const Tensor& x, const std::optional<Tensor>& rows, const Tensor& norm_weight,
                         const Tensor& norm_bias, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias,
-                        const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias) {
+                        const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias, bool panels) {
   check_dim("x", x, 2, "(R, D)");
   if (rows) check_dim("rows", *rows, 1, "(T,)");
   const int64_t tokens = rows ? rows->size(0) : x.size(0), d = x.size(1);
   check_layer_norm(x, norm_weight, norm_bias);
-  check_linear(tokens, d, x.scalar_type(), fc1_weight, fc1_bias);
-  check_linear(tokens, fc1_weight.size(0), x.scalar_type(), fc2_weight, fc2_bias);
-  MTVIT_CHECK(fc2_weight.size(0) == d, "the last weight must have shape (", d, ", ", fc1_weight.size(0), "), got ",
+  const auto check = [&](int64_t features, const Tensor& weight, const std::optional<Tensor>& bias) {
+    if (panels) return check_panels(features, x.scalar_type(), weight, bias);
+    check_linear(tokens, features, x.scalar_type(), weight, bias);
+    return weight.size(0);
+  };
+  const int64_t hidden = check(d, fc1_weight, fc1_bias);
+  MTVIT_CHECK(check(hidden, fc2_weight, fc2_bias) == d, "the last weight must have shape (", d, ", ", hidden, "), got ",
               shape_of(fc2_weight));
 }
 
@@ -57,11 +75,11 @@ void block_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int6
             std::optional<Tensor> qkv_bias, int64_t heads, double scale, const Tensor& proj_weight,
             std::optional<Tensor> proj_bias, const Tensor& norm2_weight, const Tensor& norm2_bias, double norm2_eps,
             const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
-            std::optional<Tensor> fc2_bias) {
-  check_feed_forward(x, rows, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+            std::optional<Tensor> fc2_bias, bool panels) {
+  check_feed_forward(x, rows, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, panels);
   attention_half_(x, rows, cu_seqlens, max_seqlen, norm1_weight, norm1_bias, norm1_eps, qkv_weight, qkv_bias, heads,
-                  scale, 0, proj_weight, proj_bias);
-  feed_forward_half_(x, rows, norm2_weight, norm2_bias, norm2_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias);
+                  scale, 0, proj_weight, proj_bias, panels);
+  feed_forward_half_(x, rows, norm2_weight, norm2_bias, norm2_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, panels);
 }
 
 }  // namespace
@@ -71,15 +89,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
   m.def(
       "attention_half_(Tensor(a!) x, Tensor? rows, Tensor cu_seqlens, int max_seqlen, Tensor norm_weight, "
       "Tensor norm_bias, float eps, Tensor qkv_weight, Tensor? qkv_bias, int heads, float scale, int scores, "
-      "Tensor proj_weight, Tensor? proj_bias) -> Tensor scores");
+      "Tensor proj_weight, Tensor? proj_bias, bool panels=False) -> Tensor scores");
   m.def(
       "feed_forward_half_(Tensor(a!) x, Tensor? rows, Tensor norm_weight, Tensor norm_bias, float eps, "
-      "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias) -> ()");
+      "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, bool panels=False) -> ()");
   m.def(
       "block_(Tensor(a!) x, Tensor? rows, Tensor cu_seqlens, int max_seqlen, Tensor norm1_weight, Tensor norm1_bias, "
       "float norm1_eps, Tensor qkv_weight, Tensor? qkv_bias, int heads, float scale, Tensor proj_weight, "
       "Tensor? proj_bias, Tensor norm2_weight, Tensor norm2_bias, float norm2_eps, Tensor fc1_weight, "
-      "Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias) -> ()");
+      "Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, bool panels=False) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {

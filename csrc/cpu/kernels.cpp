@@ -3,6 +3,7 @@
 
 #include "attention_backward_tile.h"
 #include "attention_tile.h"
+#include "linear_tile.h"
 #include "predictor_tile.h"
 #include "row_kernels.h"
 #include "simd.h"
@@ -38,6 +39,23 @@ void predict_tail(const PredictorTask& t, int64_t image, float* scratch, float* 
   MTVIT_BY_DTYPE(t.dtype, predict_tail_of, t, image, scratch, logits);
 }
 
+void pack_weight(Dtype dtype, const void* weight, int64_t stride, int64_t n, int64_t k, void* panels, int64_t begin,
+                 int64_t end) {
+  MTVIT_BY_DTYPE(dtype, pack_weight_panels, weight, stride, n, k, panels, begin, end);
+}
+
+template <typename E>
+void linear_of(const LinearTask& t, int64_t begin, int64_t count, int64_t first, int64_t last, float* scratch) {
+  MTVIT_ASSERT(count <= kLinearRows);
+  // results have the factors' dtype, or float32
+  if (t.out_dtype == t.dtype) return linear_block<E, E>(t, begin, count, first, last, scratch);
+  linear_block<E, F32>(t, begin, count, first, last, scratch);
+}
+
+void linear(const LinearTask& t, int64_t begin, int64_t count, int64_t first, int64_t last, float* scratch) {
+  MTVIT_BY_DTYPE(t.dtype, linear_of, t, begin, count, first, last, scratch);
+}
+
 template <typename E>
 void to_float32_array(const void* x, float* out, int64_t n) {
   const auto* from = static_cast<const typename E::T*>(x);
@@ -58,18 +76,20 @@ void exp2_array(const float* x, float* out, int64_t n) {
 
 }  // namespace
 
+#define MTVIT_KERNELS(level)                                                                                       \
+  const Kernels kernels_##level {                                                                                  \
+    #level, attention, attention_backward, layer_norm, scatter_residual, predict_tail, 2 * W, pack_weight, linear, \
+        to_float32, exp2_array                                                                                     \
+  }
+
 #if defined(MTVIT_OPS_ISA_avx512bf16)
-const Kernels kernels_avx512bf16{"avx512bf16",     attention,    attention_backward, layer_norm,
-                                 scatter_residual, predict_tail, to_float32,         exp2_array};
+MTVIT_KERNELS(avx512bf16);
 #elif defined(MTVIT_OPS_ISA_avx512)
-const Kernels kernels_avx512{"avx512",         attention,    attention_backward, layer_norm,
-                             scatter_residual, predict_tail, to_float32,         exp2_array};
+MTVIT_KERNELS(avx512);
 #elif defined(MTVIT_OPS_ISA_avx2)
-const Kernels kernels_avx2{"avx2",           attention,    attention_backward, layer_norm,
-                           scatter_residual, predict_tail, to_float32,         exp2_array};
+MTVIT_KERNELS(avx2);
 #else
-const Kernels kernels_portable{"portable",       attention,    attention_backward, layer_norm,
-                               scatter_residual, predict_tail, to_float32,         exp2_array};
+MTVIT_KERNELS(portable);
 #endif
 
 }  // namespace mtvit_ops

@@ -107,6 +107,30 @@ struct ScatterTask {
   int64_t d, x_stride, y_stride;
 };
 
+// Rows times the transposed weight. Panels: pack_weight's; bias and scales in float32.
+struct LinearTask {
+  Dtype dtype, out_dtype;
+  const void* a;                          // (T, k), row stride a_stride
+  const int32_t* a_rows;                  // with a layer norm: the row of `a` to read, -1: zeros; null: row i
+  const float *norm_weight, *norm_bias;   // (k,): a layer norm on the way in; null: none
+  const void* panels;                     // of the weight (n, k), dtype of `a`
+  const float* bias;                      // (n,), or null
+  void* out;                              // (T, n), or with a residual (R, n); row stride out_stride
+  const int32_t* rows;                    // with a residual: the row to add to, -1: none; null: row i
+  const float *column_scale, *row_scale;  // of the residual: (n,), (T,); null: 1
+  int64_t k, n, a_stride, out_stride;
+  float eps;
+  bool gelu, residual, rounds;  // rounds: the residual adds what has been rounded to x's dtype
+};
+
+inline constexpr int64_t kLinearDepth = 256;  // of one sum: half a panel of float32 in the L1 cache
+inline constexpr int64_t kLinearRows = 192;   // most rows of one block
+
+// Sums of a block, a panel's part as float32, the block's left factor.
+constexpr int64_t linear_scratch_floats(int64_t rows, int64_t k) {
+  return (kLinearRows + kLinearDepth) * 2 * kMaxWidth + rows * k;
+}
+
 // Where the pixels of a resampled side come from: pixel i is the sum of weights[i * most + k] times pixel start[i] + k.
 struct Taps {
   const int32_t *start, *length;  // (count,); a length of 0: the pixel is 0
@@ -141,6 +165,11 @@ struct Kernels {
   void (*layer_norm)(const LayerNormTask&, int64_t begin, int64_t end);
   void (*scatter_residual)(const ScatterTask&, int64_t begin, int64_t end);
   void (*predict_tail)(const PredictorTask&, int64_t image, float* scratch, float* logits);
+  int64_t panel_columns;  // rows of a weight that a panel holds
+  void (*pack_weight)(Dtype, const void* weight, int64_t stride, int64_t n, int64_t k, void* panels, int64_t begin,
+                      int64_t end);
+  void (*linear)(const LinearTask&, int64_t begin, int64_t count, int64_t first_panel, int64_t last_panel,
+                 float* scratch);
   void (*to_float32)(Dtype, const void* x, float* out, int64_t n);
   void (*exp2)(const float* x, float* out, int64_t n);
 };

@@ -25,6 +25,21 @@ using Attended = std::tuple<Tensor, Tensor, Tensor>;
 Attended packed_attention(const Tensor& qkv, int64_t heads, const Tensor& cu_seqlens, int64_t max_seqlen, double scale,
                           int64_t scores);
 
+// a @ weight^T + bias, then erf-GELU on request, by ragged_linear.cpp; weight (N, K), or packed by pack_panels.
+Tensor panel_linear(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu = false);
+
+// What these ask of weight and bias, for rows of k numbers of a dtype; returns N.
+int64_t check_panels(int64_t k, ScalarType dtype, const Tensor& weight, const std::optional<Tensor>& bias);
+
+// The same of layer_norm(x[rows]), which is written nowhere.
+Tensor panel_linear_of_norm(const Tensor& x, const std::optional<Tensor>& rows, const Tensor& norm_weight,
+                            const Tensor& norm_bias, double eps, const Tensor& weight,
+                            const std::optional<Tensor>& bias, bool gelu = false);
+
+// x[rows] += a @ weight^T + bias.
+void panel_linear_residual_(Tensor x, const std::optional<Tensor>& rows, const Tensor& a, const Tensor& weight,
+                            const std::optional<Tensor>& bias);
+
 // x @ weight^T + bias, then erf-GELU on request, by PyTorch's oneDNN kernel; weight plain or packed.
 Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu = false);
 

@@ -2,7 +2,8 @@
 //   images (B, C, H, W), tails (B,) int32, prefix (P, D), K weights (D, C, k, k), biases (D,), tables (P + patches, D)
 //   out (B * longest, D), zeros behind the live rows, and offsets (B + 1,)
 // Patches that overlap or reach into the padding are copied with what lies there. B, P or D may be 0; an image of an
-// unused tail does not exist, so unused tails cost nothing. Threads write disjoint rows.
+// unused tail does not exist, so unused tails cost nothing. Threads write disjoint rows. `panels`: multiply by our own
+// kernel, not by oneDNN.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -85,7 +86,7 @@ Tail tail_of(size_t index, const Tensor& images, const Tensor& prefix, const Ten
 std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor& tails, const Tensor& prefix,
                                               const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                               const std::vector<Tensor>& tables, const std::vector<int64_t>& strides,
-                                              const std::vector<int64_t>& paddings) {
+                                              const std::vector<int64_t>& paddings, bool panels) {
   check_dim("images", images, 4, "(B, C, H, W)");
   check_dim("prefix", prefix, 2, "(P, D)");
   MTVIT_CHECK(images.size(1) > 0, "images must have at least one channel, got ", shape_of(images));
@@ -147,7 +148,8 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor
         copy_patch(p, t, which[static_cast<size_t>(i / t.patches())], i % t.patches(), left + i * depth * element);
       }
     });
-    const Tensor tokens = onednn_linear(patches, as_matrix(weight, depth), as_contiguous(biases[k]));
+    const Tensor matrix = as_matrix(weight, depth), bias = as_contiguous(biases[k]);
+    const Tensor tokens = panels ? panel_linear(patches, matrix, bias) : onednn_linear(patches, matrix, bias);
     torch::stable::parallel_for(0, count, row_grain(dim * t.patches()), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         char* first = rows + cu[which[static_cast<size_t>(i)]] * row;
@@ -166,7 +168,7 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
   m.def(
       "ragged_patch_embed(Tensor images, Tensor tails, Tensor prefix, Tensor[] weights, Tensor[] biases, "
-      "Tensor[] pos_embeds, SymInt[] strides, SymInt[] paddings) -> (Tensor x, Tensor cu_seqlens)");
+      "Tensor[] pos_embeds, SymInt[] strides, SymInt[] paddings, bool panels=False) -> (Tensor x, Tensor cu_seqlens)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {

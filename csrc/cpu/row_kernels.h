@@ -25,16 +25,17 @@ MTVIT_INLINE Vec sum_over(const typename E::T* x, int64_t d, F f) {
   return (chain[0] + chain[1]) + (chain[2] + chain[3]);
 }
 
-template <typename E>
+template <typename E, typename Out = E>
 void layer_norm_rows(const LayerNormTask& t, int64_t begin, int64_t end) {
   using T = typename E::T;
+  using To = typename Out::T;
   const int64_t d = t.d, full = d / W * W, rest = d - full;
   const Vec zero{};
   for (int64_t i = begin; i < end; ++i) {
-    T* out = static_cast<T*>(t.out) + i * d;
+    To* out = static_cast<To*>(t.out) + i * d;
     const int64_t row = t.rows ? t.rows[i] : i;
     if (row < 0) {
-      if (d > 0) __builtin_memset(out, 0, sizeof(T) * d);
+      if (d > 0) __builtin_memset(out, 0, sizeof(To) * d);
       if (t.mean) t.mean[i] = t.rstd[i] = 0.0f;
       continue;
     }
@@ -47,12 +48,12 @@ void layer_norm_rows(const LayerNormTask& t, int64_t begin, int64_t end) {
     }));
     const float rstd = 1.0f / __builtin_sqrtf(squares / float(d) + t.eps);
     for (int64_t j = 0; j < full; j += W) {
-      E::store(out + j, (E::load(x + j) - mean) * rstd * load(t.weight + j) + load(t.bias + j));
+      Out::store(out + j, (E::load(x + j) - mean) * rstd * load(t.weight + j) + load(t.bias + j));
     }
     if (rest) {
       const Vec normal = (load_part<E>(x + full, rest) - mean) * rstd;
-      store_part<E>(out + full, normal * load_part<F32>(t.weight + full, rest) + load_part<F32>(t.bias + full, rest),
-                    rest);
+      store_part<Out>(out + full, normal * load_part<F32>(t.weight + full, rest) + load_part<F32>(t.bias + full, rest),
+                      rest);
     }
     if (!t.mean) continue;
     t.mean[i] = mean;

@@ -3,31 +3,14 @@
 // R, D or T may be 0; a dead entry (-1) is skipped. The live entries of rows must differ: then threads write disjoint
 // rows. Multiplied and added in float32 and rounded once.
 #include <optional>
-#include <utility>
 
 #include "../checks.h"
+#include "memory.h"
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>
 
 namespace mtvit_ops {
-namespace {
-
-// Whether two matrices with a last stride of 1 share memory, or might.
-bool overlap(const Tensor& a, const Tensor& b) {
-  if (a.numel() == 0 || b.numel() == 0) return false;
-  const auto range = [](const Tensor& t) {
-    const auto* first = static_cast<const char*>(t.data_ptr());
-    const int64_t last = (t.size(0) - 1) * t.stride(0) + t.size(1);
-    return std::make_pair(first, first + last * static_cast<int64_t>(t.element_size()));
-  };
-  const auto [a_first, a_end] = range(a);
-  const auto [b_first, b_end] = range(b);
-  return a_first < b_end && b_first < a_end;
-}
-
-}  // namespace
-
 void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, std::optional<Tensor> scale) {
   check_dim("x", x, 2, "(R, D)");
   check_dim("y", y, 2, "(T, D)");

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import _backend, _extension
+from .._cpu_linear import panel_dtypes
 from .._register import native_operator
 from ..ragged import RaggedTokens
-from .linear import PackedLinear, onednn_serves
+from .linear import PackedLinear, cpu_kernel_serves
 
 if TYPE_CHECKING:
     from .block import Block
@@ -37,7 +38,8 @@ def attention_half_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor |
     if halves is None or given is None:
         return None
     into, out_of = given
-    return halves.attention(x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, *into, scores, *out_of)
+    offsets, longest = tokens.cu_seqlens, tokens.max_seqlen
+    return halves.attention(x, tokens.rows, offsets, longest, *into, scores, *out_of, x.dtype in panel_dtypes())
 
 
 def feed_forward_half_(block: Block, tokens: RaggedTokens) -> bool:
@@ -47,7 +49,7 @@ def feed_forward_half_(block: Block, tokens: RaggedTokens) -> bool:
     given = None if halves is None else _feed_forward_arguments(block, x)
     if halves is None or given is None:
         return False
-    halves.feed_forward(x, tokens.rows, *given)
+    halves.feed_forward(x, tokens.rows, *given, x.dtype in panel_dtypes())
     return True
 
 
@@ -61,7 +63,8 @@ def block_(block: Block, tokens: RaggedTokens) -> bool:
     if attention is None or feed_forward is None:
         return False
     into, out_of = attention
-    halves.block(x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, *into, *out_of, *feed_forward)
+    offsets, longest = tokens.cu_seqlens, tokens.max_seqlen
+    halves.block(x, tokens.rows, offsets, longest, *into, *out_of, *feed_forward, x.dtype in panel_dtypes())
     return True
 
 
@@ -94,10 +97,10 @@ def _feed_forward_arguments(block: Block, x: Tensor) -> Arguments | None:
 
 
 @cache
-def _native_halves() -> _Halves | None:
+def _native_halves(panels: bool = False) -> _Halves | None:
     if not _extension.has_extension():
         return None  # said elsewhere
-    missing = native_operator("onednn_linear_missing")()
+    missing = None if panels else native_operator("onednn_linear_missing")()
     if missing:
         _backend.say_once(logging.INFO, f"blocks run as single operators on the CPU, since {missing}")
         return None
@@ -105,12 +108,12 @@ def _native_halves() -> _Halves | None:
 
 
 def _halves_for(x: Tensor) -> _Halves | None:
-    if not (onednn_serves(x) and _backend.preferred_backend() in (None, "cpp")):
+    if not (cpu_kernel_serves(x) and _backend.preferred_backend() in (None, "cpp")):
         return None
     # whoever watches operators or modules wants to see each
     if torch._C._len_torch_dispatch_stack() or torch_module._has_any_global_hook():
         return None
-    return _native_halves()
+    return _native_halves(x.dtype in panel_dtypes())
 
 
 def is_plain(module: nn.Module) -> bool:

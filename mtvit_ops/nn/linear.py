@@ -1,4 +1,4 @@
-"""Linear layers through the fastest kernel PyTorch itself has for them, with weights packed once on request."""
+"""Linear layers through the fastest kernel there is for them on the CPU, with weights packed once on request."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _backend
-from .._onednn import onednn_dtypes
+from .._cpu_linear import onednn_dtypes, panel_columns, panel_dtypes
 
 
 def linear(x: Tensor, layer: nn.Module, *, gelu: bool = False) -> Tensor:
     """``layer(x)``, with an exact (erf) GELU behind it on request.
 
-    For inference on the CPU this goes to PyTorch's oneDNN kernel, which takes bias and GELU along in one pass and, in
-    float32, does not depend on the BLAS behind ``F.linear``.
+    For inference on the CPU this goes to PyTorch's oneDNN kernel or to ours (``_cpu_linear`` says which, and why), which
+    take bias and GELU along in one pass and do not depend on the BLAS behind ``F.linear``.
 
     Args:
         x: tokens, (T, in_features), any float dtype.
@@ -36,14 +36,14 @@ def linear(x: Tensor, layer: nn.Module, *, gelu: bool = False) -> Tensor:
         weight = layer.weight
         if (
             type(weight) is nn.Parameter
-            and _onednn_serves(x, weight)
+            and _serves(x, weight)
             and not (
                 layer._forward_hooks or layer._forward_pre_hooks  # somebody wants to see the layer run
             )
         ):
             if type(layer) is PackedLinear:
                 weight = layer.packed_weight(weight)
-            return onednn_linear(x, weight, layer.bias, gelu)
+            return cpu_linear(x, weight, layer.bias, gelu)
     y = layer(x)
     return F.gelu(y) if gelu else y
 
@@ -61,13 +61,13 @@ def linear_patches(images: Tensor, conv: nn.Conv2d) -> Tensor:
     Equivalent PyTorch: ``conv(images).flatten(2).transpose(1, 2)``.
     """
     weight = conv.weight
-    if not (type(weight) is nn.Parameter and _onednn_serves(images, weight)):
+    if not (type(weight) is nn.Parameter and _serves(images, weight)):
         return conv(images).flatten(2).transpose(1, 2)
     batch, channels, height, width = images.shape
     side = weight.shape[-1]
     grid = height // side, width // side
     patches = images.reshape(batch, channels, grid[0], side, grid[1], side).permute(0, 2, 4, 1, 3, 5)
-    tokens = onednn_linear(patches.reshape(batch * grid[0] * grid[1], -1), weight.flatten(1), conv.bias)
+    tokens = cpu_linear(patches.reshape(batch * grid[0] * grid[1], -1), weight.flatten(1), conv.bias)
     return tokens.unflatten(0, (batch, -1))
 
 
@@ -85,9 +85,9 @@ class PackedLinear(nn.Module):
         self._packed: tuple[object, Tensor, Tensor] | None = None  # key, packed weight, weight it is made from
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _onednn_serves(x, self.weight):
+        if not _serves(x, self.weight):
             return F.linear(x, self.weight, self.bias)
-        return onednn_linear(x, self.packed_weight(self.weight), self.bias)
+        return cpu_linear(x, self.packed_weight(self.weight), self.bias)
 
     def packed_weight(self, weight: Tensor) -> Tensor:
         """``weight``, which is the layer's, as the kernel wants it."""
@@ -96,7 +96,7 @@ class PackedLinear(nn.Module):
         key = (weight.data_ptr(), weight._version, weight.dtype)
         if self._packed is None or self._packed[0] != key:
             source = weight.detach()  # kept, so that no other weight can come to lie at its address
-            self._packed = key, torch.ops.mkldnn._reorder_linear_weight(source), source
+            self._packed = key, _pack(source), source
         return self._packed[1]
 
     def __getstate__(self) -> dict[str, object]:
@@ -151,11 +151,24 @@ def unpack_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """The kernel itself, (T, in_features) to (T, out_features), for the dtypes it takes on this CPU."""
+def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """The kernel itself, (..., in_features) to (..., out_features), for the dtypes in ``linear_dtypes``."""
+    if x.dtype in panel_dtypes():
+        if x.dim() == 2:
+            return _panel_kernel()(x, weight, bias, gelu)
+        return _panel_kernel()(x.reshape(-1, x.shape[-1]), weight, bias, gelu).unflatten(0, x.shape[:-1])
     if gelu:  # "none" is GELU by erf, not by tanh
         return _onednn_kernel()(x, weight, bias, "gelu", [], "none")
     return _onednn_kernel()(x, weight, bias, "none", [], "")
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """The weight as the kernel for its dtype wants it, where it can be had so."""
+    if weight.dtype not in panel_dtypes():
+        return torch.ops.mkldnn._reorder_linear_weight(weight)
+    if weight.shape[0] % panel_columns():
+        return weight
+    return torch.ops.mtvit_ops_cpp.pack_panels(weight)
 
 
 @cache
@@ -163,14 +176,22 @@ def _onednn_kernel() -> Callable[..., Tensor]:
     return torch.ops.mkldnn._linear_pointwise.default
 
 
-def onednn_serves(x: Tensor) -> bool:
-    """Whether oneDNN's kernel takes ``x``: for inference on the CPU, where nothing asks for another way."""
+@cache
+def _panel_kernel() -> Callable[..., Tensor]:
+    return torch.ops.mtvit_ops_cpp.linear.default
+
+
+def cpu_kernel_serves(x: Tensor) -> bool:
+    """Whether a kernel takes ``x``: for inference on the CPU, where nothing asks for another way."""
     if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if x.numel() == 0 or torch.is_autocast_enabled("cpu"):
         return False
-    return x.dtype in onednn_dtypes() and _backend.preferred_backend() != "reference"
+    preferred = _backend.preferred_backend()
+    if x.dtype in panel_dtypes():
+        return preferred in (None, "cpp")
+    return x.dtype in onednn_dtypes() and preferred != "reference"
 
 
-def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
-    return weight.dtype is x.dtype and weight.numel() > 0 and onednn_serves(x)
+def _serves(x: Tensor, weight: Tensor) -> bool:
+    return weight.dtype is x.dtype and weight.numel() > 0 and cpu_kernel_serves(x)

@@ -17,7 +17,7 @@ from .._checks import (
     check_rows,
     check_tensor,
 )
-from .._register import register_op
+from .._register import NATIVE_NAMESPACE, register_op
 from ..reference import ragged_linear as reference
 from .scatter_residual import SCATTER_RESIDUAL_BACKWARD
 
@@ -189,6 +189,20 @@ def _refuses_residual(x: Tensor, rows: Tensor | None, a: Tensor, *_: Any) -> str
     return _refuses(a)
 
 
+def _native_refuses(a: Tensor, *_: Any) -> str | None:
+    return "the native kernels take no float64" if a.dtype == torch.float64 else None
+
+
+def _native_refuses_residual(x: Tensor, rows: Tensor | None, a: Tensor, *_: Any) -> str | None:
+    return _native_refuses(a)
+
+
+def _native_residual(x: Tensor, *rest: Any) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    getattr(torch.ops, NATIVE_NAMESPACE).ragged_linear_residual_.default(out, *rest)
+    return out
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.gelu = inputs
     ctx.save_for_backward(*tensors)
@@ -244,6 +258,8 @@ RAGGED_LINEAR = register_op(
     reference=reference.ragged_linear,
     fake=lambda a, weight, *_: a.new_empty(a.shape[0], weight.shape[0]),
     value_checks=lambda a, weight, bias, cu_seqlens, _: check_offset_values("cu_seqlens", cu_seqlens, a.shape[0]),
+    native=True,
+    refuses=_native_refuses,
     triton="ragged_linear",
     triton_refuses=_refuses,
     setup_context=_setup_context,
@@ -255,6 +271,8 @@ RAGGED_LINEAR_RESIDUAL = register_op(
     reference=reference.ragged_linear_residual,
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     value_checks=_residual_value_checks,
+    native=_native_residual,
+    refuses=_native_refuses_residual,
     triton="ragged_linear",
     triton_refuses=_refuses_residual,
     setup_context=_residual_context,
@@ -266,6 +284,8 @@ RAGGED_LINEAR_RESIDUAL_INPLACE = register_op(
     reference=reference.ragged_linear_residual_,
     fake=lambda *_: None,
     value_checks=_residual_value_checks,
+    native=True,
+    refuses=_native_refuses_residual,
     triton="ragged_linear",
     triton_refuses=_refuses_residual,
 )

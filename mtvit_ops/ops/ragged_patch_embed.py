@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_float, check_tensor
-from .._onednn import onednn_dtypes
-from .._register import native_operator, register_op
+from .._cpu_linear import linear_dtypes, panel_dtypes
+from .._register import NATIVE_NAMESPACE, native_operator, register_op
 from ..reference import ragged_patch_embed as reference
 
 
@@ -93,9 +93,14 @@ def _value_checks(images: Tensor, tails: Tensor, prefix: Tensor, weights: list[T
 
 
 def _refuses(images: Tensor, *_: Any) -> str | None:
-    if images.dtype not in onednn_dtypes():
-        return f"the native kernel multiplies through oneDNN, which takes no {images.dtype} here"
-    return _missing() or None
+    if images.dtype not in linear_dtypes():
+        return f"the native kernel multiplies as linear layers do, for which nothing takes {images.dtype} here"
+    return None if images.dtype in panel_dtypes() else _missing() or None
+
+
+def _native(images: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    embed = getattr(torch.ops, NATIVE_NAMESPACE).ragged_patch_embed.default
+    return embed(images, *args, images.dtype in panel_dtypes())
 
 
 @cache
@@ -143,7 +148,7 @@ RAGGED_PATCH_EMBED = register_op(
     reference=reference.ragged_patch_embed,
     fake=_fake,
     value_checks=_value_checks,
-    native=True,
+    native=_native,
     refuses=_refuses,
     triton="ragged_patch_embed",
     setup_context=_setup_context,

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtvit_ops
 from mtvit_ops import _backend, pack_weights
-from mtvit_ops._onednn import onednn_dtypes
+from mtvit_ops._cpu_linear import linear_dtypes
 from mtvit_ops.nn import Block, half_block
 from mtvit_ops.ops.varlen_attention import SCORES
 from mtvit_ops.ragged import RaggedTokens
@@ -73,7 +73,7 @@ def test_same_bits(case: str, scores: str | None, dtype: torch.dtype, packed: bo
     whole = copied(tokens)
     attended, expected, _ = block.attend(copied(tokens), scores=scores)
     received = half_block.attention_half_(block, whole, SCORES[scores])
-    if dtype not in onednn_dtypes():
+    if dtype not in linear_dtypes():
         assert received is None
         return
     assert received is not None
@@ -99,7 +99,7 @@ def test_a_model_in_place_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda *args: (calls.append("feed_forward"), real.feed_forward(*args))[1],
         lambda *args: (calls.append("block"), real.block(*args))[1],
     )
-    monkeypatch.setattr(half_block, "_native_halves", lambda: counted)
+    monkeypatch.setattr(half_block, "_native_halves", lambda panels: counted)
     images = torch.randn(2, 3, 64, 64)
     mtvit_ops.create_model("evovit_tiny_patch16_224", img_size=64, depth=3).eval()(images)
     assert calls == ["attention", "feed_forward"] * 3  # the method acts between them
@@ -114,8 +114,8 @@ def test_a_model_in_place_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_block_is_its_halves(case: str, dtype: torch.dtype, packed: bool) -> None:
     block, tokens = make_block(dtype, packed), make_tokens(case, dtype)
     whole, halves = copied(tokens), copied(tokens)
-    assert block.run_(whole) == (dtype in onednn_dtypes())
-    if dtype in onednn_dtypes():
+    assert block.run_(whole) == (dtype in linear_dtypes())
+    if dtype in linear_dtypes():
         assert half_block.attention_half_(block, halves, 0) is not None
         assert half_block.feed_forward_half_(block, halves)
     assert_equal("x", whole.x, halves.x)

@@ -1,0 +1,54 @@
+"""Which kernel multiplies linear layers on this CPU in inference: PyTorch's own through oneDNN, or ours."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from . import _extension
+
+
+@cache
+def onednn_dtypes() -> tuple[torch.dtype, ...]:
+    """What PyTorch's oneDNN linear layer takes on this CPU; nothing where PyTorch came without it."""
+    ops = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")):
+        return ()
+    dtypes = [torch.float32]
+    if ops._is_mkldnn_bf16_supported():
+        dtypes.append(torch.bfloat16)
+    if ops._is_mkldnn_fp16_supported():
+        dtypes.append(torch.float16)
+    return tuple(dtypes)
+
+
+@cache
+def panel_dtypes() -> tuple[torch.dtype, ...]:
+    """What our own kernel (``csrc/cpu/ragged_linear.cpp``) multiplies here, in oneDNN's place.
+
+    With AVX2 alone it is as fast as oneDNN at many tokens, faster at few (``bench/results/cpu/cpu.md``), and takes 16-bit
+    weights, for which PyTorch has no fast kernel there. With AVX-512 it was not measured against oneDNN, so that it takes
+    what oneDNN does not.
+    """
+    if not _extension.has_extension():
+        return ()
+    level = torch.ops.mtvit_ops_cpp.isa()
+    every = (torch.float32, torch.bfloat16, torch.float16)
+    if level == "avx2":
+        return every
+    if level.startswith("avx512"):
+        return tuple(dtype for dtype in every if dtype not in onednn_dtypes())
+    return ()
+
+
+@cache
+def linear_dtypes() -> tuple[torch.dtype, ...]:
+    """What either of them takes."""
+    return tuple({*onednn_dtypes(), *panel_dtypes()})
+
+
+@cache
+def panel_columns() -> int:
+    """Rows of a weight in one panel; a weight is packed if its rows are a multiple of them."""
+    return torch.ops.mtvit_ops_cpp.panel_columns()

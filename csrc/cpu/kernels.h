@@ -124,7 +124,7 @@ struct LinearTask {
 };
 
 inline constexpr int64_t kLinearDepth = 256;  // of one sum: half a panel of float32 in the L1 cache
-inline constexpr int64_t kLinearRows = 192;   // most rows of one block
+inline constexpr int64_t kLinearRows = 204;   // most rows of one block
 
 // Sums of a block, a panel's part as float32, the block's left factor.
 constexpr int64_t linear_scratch_floats(int64_t rows, int64_t k) {

@@ -126,6 +126,26 @@ MTVIT_INLINE void finish(const LinearTask& t, int64_t i, int64_t column, Vec y) 
   }
 }
 
+// Brings memory to the L2 cache, a share with each call: weights come from far, and while one part of them is
+// multiplied the next one can be on its way.
+class Prefetch {
+ public:
+  Prefetch(const void* begin, const void* end, int64_t calls)
+      : at_(static_cast<const char*>(begin)), end_(static_cast<const char*>(end)) {
+    const int64_t lines = (end_ - at_ + 63) / 64;
+    share_ = 64 * ((lines + calls - 1) / calls);
+  }
+
+  __attribute__((always_inline)) void some() {
+    const char* until = end_ - at_ < share_ ? end_ : at_ + share_;
+    for (; at_ < until; at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char *at_, *end_;
+  int64_t share_;
+};
+
 // Rows [begin, begin + count) times panels [first, last). Sums are made of sums of kLinearDepth products, whatever the
 // blocks: no result depends on who computes it.
 template <typename E, typename O>
@@ -135,13 +155,26 @@ void linear_block(const LinearTask& t, int64_t begin, int64_t count, int64_t fir
   float* sums = scratch;                              // (count, 2 W)
   float* widened = sums + kLinearRows * kColumns;     // (kLinearDepth, 2 W)
   float* copied = widened + kLinearDepth * kColumns;  // (count, k)
+  const auto* weight = static_cast<const T*>(t.panels);
+  const T* weight_end = weight + last * t.k * kColumns;
+  const auto depth_at = [&](int64_t k) { return t.k - k < kLinearDepth ? t.k - k : kLinearDepth; };
+  const auto part_end = [&](const T* part, int64_t depth) {
+    return weight_end - part < depth * kColumns ? weight_end : part + depth * kColumns;
+  };
+  const int64_t tiles = (count + kRows - 1) / kRows;
+  const T* ahead = weight + first * t.k * kColumns;
+  // with fewer tiles the products take no longer than the way itself
+  const bool fetches = tiles >= 4;
+  if (fetches) Prefetch(ahead, part_end(ahead, depth_at(0)), 1).some();
   int64_t apart;
   const float* a = left_rows<E>(t, begin, count, copied, &apart);
   for (int64_t panel = first; panel < last; ++panel) {
-    const T* b = static_cast<const T*>(t.panels) + panel * t.k * kColumns;
+    const T* b = weight + panel * t.k * kColumns;
     int64_t k = 0;
     do {  // once where k is 0, for zeros
-      const int64_t depth = t.k - k < kLinearDepth ? t.k - k : kLinearDepth;
+      const int64_t depth = depth_at(k);
+      ahead = b + (k + depth) * kColumns;
+      Prefetch next(ahead, part_end(ahead, depth), tiles);
       const float* part;
       if constexpr (sizeof(T) == sizeof(float)) {
         part = b + k * kColumns;
@@ -149,8 +182,10 @@ void linear_block(const LinearTask& t, int64_t begin, int64_t count, int64_t fir
         for (int64_t i = 0; i < depth * kColumns; i += W) store(widened + i, E::load(b + k * kColumns + i));
         part = widened;
       }
-      for (int64_t i = 0; i < count; i += kRows) {
-        const int64_t rows = count - i < kRows ? count - i : kRows;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        // of about one height: a last tile of one or two rows would wait for its own sums
+        const int64_t i = tile * count / tiles, rows = (tile + 1) * count / tiles - i;
+        if (fetches) next.some();
         multiply_rows<2, false>(rows, a + i * apart + k, apart, part, depth, sums + i * kColumns, kColumns, k > 0);
       }
       k += depth;

@@ -66,8 +66,7 @@ void run(const LinearTask& t, int64_t tokens) {
   const Kernels& native = kernels();
   // the left factor of a block stays in the L2 cache: 256 KiB, but enough rows to pay for a panel's way there
   const int64_t fitting = std::clamp<int64_t>(65536 / std::max<int64_t>(t.k, 1), 4 * kMaxRows, kLinearRows);
-  const int64_t blocks = (tokens + fitting - 1) / fitting;
-  const int64_t most = round_up((tokens + blocks - 1) / blocks, kMaxRows);
+  const int64_t blocks = (tokens + fitting - 1) / fitting, most = (tokens + blocks - 1) / blocks;
   const bool copies = t.norm_weight != nullptr || t.dtype != Dtype::f32;
   const int64_t unit = most * native.panel_columns * std::max<int64_t>(t.k, 1);
   const int64_t grain = tokens * t.n * t.k < kWorthThreads ? blocks * panels : std::max<int64_t>(32768 / unit, 1);
@@ -76,8 +75,8 @@ void run(const LinearTask& t, int64_t tokens) {
     float* scratch = thread_scratch(linear_scratch_floats(most, copies ? t.k : 0), large);
     while (begin < end) {
       const int64_t block = begin / panels, first = begin % panels, last = std::min(panels, first + end - begin);
-      const int64_t row = block * most, count = std::min(most, tokens - row);
-      if (count > 0) native.linear(t, row, count, first, last, scratch);
+      const int64_t row = block * tokens / blocks, count = (block + 1) * tokens / blocks - row;
+      native.linear(t, row, count, first, last, scratch);
       begin += last - first;
     }
   });

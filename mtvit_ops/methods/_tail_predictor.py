@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_module
 from .. import _backend, _extension
 from .._register import Kernel, native_operator
 from ..nn.half_block import is_plain
+from ..nn.linear import PackedLinear
 
 
 class TailPredictor(nn.Module):
@@ -66,7 +67,7 @@ class TailPredictor(nn.Module):
         parts = [*self.features._modules.values()]
         kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
         head = self._modules["head"]
-        if len(parts) != 6 * len(self.WIDTHS) - 3 or type(head) is not nn.Linear or not is_plain(head):
+        if len(parts) != 6 * len(self.WIDTHS) - 3 or type(head) not in (nn.Linear, PackedLinear) or not is_plain(head):
             return None
         if not is_plain(self.features):
             return None

@@ -15,6 +15,7 @@ from . import _backend, _extension
 NAMESPACE = "mtvit_ops"
 NATIVE_NAMESPACE = "mtvit_ops_cpp"
 CUDA_NAMESPACE = "mtvit_ops_cuda"
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VALUE_ERROR = "mtvit_ops value error: "  # how csrc/checks.h marks a bad value
 
 # holds the registrations for as long as the process lives
@@ -124,6 +125,33 @@ def _dispatch(
         return reference(*args)
 
     return run
+
+
+def native_serves(x: torch.Tensor) -> bool:
+    """Whether a native operator alone may take ``x``, without gradient or fake: inference on the CPU, where nobody
+    watches operators or asks for another backend.
+    """
+    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if x.dtype not in NATIVE_DTYPES or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
+        return False
+    return _extension.has_extension() and _backend.preferred_backend() in (None, "cpp")
+
+
+def in_inference(op: torch._ops.OpOverload) -> Kernel:
+    """The op, called as what serves on the CPU in inference: half of a small op's time is its way there."""
+    name = op._schema.name.removeprefix(f"{NAMESPACE}::")
+
+    def run(x: torch.Tensor, *rest: Any) -> Any:
+        return native_kernel(name)(x, *rest) if native_serves(x) else op(x, *rest)
+
+    return run
+
+
+@cache
+def native_kernel(name: str) -> Kernel:
+    """``native_operator``, made once."""
+    return native_operator(name)
 
 
 def native_operator(name: str, namespace: str = NATIVE_NAMESPACE) -> Kernel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -96,10 +97,13 @@ class RaggedTokens(NamedTuple):
         if self.x.device.type != "cpu":
             return self
         offsets = self.cu_seqlens.tolist()
-        longest = max((after - before for before, after in zip(offsets, offsets[1:])), default=0)
-        if self.rows is None:
-            return self._replace(x=self.x[: offsets[-1]], max_seqlen=longest)
-        return self._replace(rows=self.rows[: offsets[-1]], max_seqlen=longest)
+        longest = max(map(operator.sub, offsets[1:], offsets), default=0)
+        x, rows = self.x, self.rows
+        if rows is None:
+            x = x[: offsets[-1]]
+        else:
+            rows = rows[: offsets[-1]]
+        return RaggedTokens(x, rows, self.cu_seqlens, longest, self.num_prefix_tokens)
 
     def to_dense(self, fill: float = 0.0) -> Tensor:
         """Live tokens in list order, (B, max_seqlen, D), ``fill`` behind each image's last. Differentiable."""

@@ -113,9 +113,9 @@ class Counted(nn.Module):
 
 def test_serves_in_inference_and_steps_aside_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = _tail_predictor._native()
+    real = _tail_predictor.native_kernel("tail_predictor")
     assert real is not None
-    monkeypatch.setattr(_tail_predictor, "_native", lambda: lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(_tail_predictor, "native_kernel", lambda _: lambda *args: calls.append(1) or real(*args))
     predictor, images = make_predictor(3, 32, torch.float32), torch.randn(2, 3, 40, 40)
 
     def served() -> bool:

@@ -70,16 +70,17 @@ void check_feed_forward(const Tensor& x, const std::optional<Tensor>& rows, cons
 }
 
 // Refuses before it writes.
-void block_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
-            const Tensor& norm1_weight, const Tensor& norm1_bias, double norm1_eps, const Tensor& qkv_weight,
-            std::optional<Tensor> qkv_bias, int64_t heads, double scale, const Tensor& proj_weight,
-            std::optional<Tensor> proj_bias, const Tensor& norm2_weight, const Tensor& norm2_bias, double norm2_eps,
-            const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
-            std::optional<Tensor> fc2_bias, bool panels) {
+Tensor block_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
+              const Tensor& norm1_weight, const Tensor& norm1_bias, double norm1_eps, const Tensor& qkv_weight,
+              std::optional<Tensor> qkv_bias, int64_t heads, double scale, int64_t scores, const Tensor& proj_weight,
+              std::optional<Tensor> proj_bias, const Tensor& norm2_weight, const Tensor& norm2_bias, double norm2_eps,
+              const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
+              std::optional<Tensor> fc2_bias, bool panels) {
   check_feed_forward(x, rows, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, panels);
-  attention_half_(x, rows, cu_seqlens, max_seqlen, norm1_weight, norm1_bias, norm1_eps, qkv_weight, qkv_bias, heads,
-                  scale, 0, proj_weight, proj_bias, panels);
+  const Tensor received = attention_half_(x, rows, cu_seqlens, max_seqlen, norm1_weight, norm1_bias, norm1_eps,
+                                          qkv_weight, qkv_bias, heads, scale, scores, proj_weight, proj_bias, panels);
   feed_forward_half_(x, rows, norm2_weight, norm2_bias, norm2_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, panels);
+  return received;
 }
 
 }  // namespace
@@ -95,9 +96,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
       "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, bool panels=False) -> ()");
   m.def(
       "block_(Tensor(a!) x, Tensor? rows, Tensor cu_seqlens, int max_seqlen, Tensor norm1_weight, Tensor norm1_bias, "
-      "float norm1_eps, Tensor qkv_weight, Tensor? qkv_bias, int heads, float scale, Tensor proj_weight, "
+      "float norm1_eps, Tensor qkv_weight, Tensor? qkv_bias, int heads, float scale, int scores, Tensor proj_weight, "
       "Tensor? proj_bias, Tensor norm2_weight, Tensor norm2_bias, float norm2_eps, Tensor fc1_weight, "
-      "Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, bool panels=False) -> ()");
+      "Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, bool panels=False) -> Tensor scores");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from .. import _backend, _extension
-from .._register import Kernel, native_operator
+from .._register import Kernel, native_kernel, native_serves
 from ..nn.half_block import is_plain
 from ..nn.linear import PackedLinear
 
@@ -96,17 +94,6 @@ def _conv(width: int, wider: int, kernel: int, stride: int, groups: int) -> list
     return [conv, nn.BatchNorm2d(wider), nn.ReLU()]
 
 
-@cache
-def _native() -> Kernel | None:
-    return native_operator("tail_predictor") if _extension.has_extension() else None
-
-
 def _native_for(images: Tensor) -> Kernel | None:
-    """The native operator, where it may serve: inference on the CPU, with nobody watching operators or modules."""
-    if not images.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    if images.dtype is torch.float64 or not images.dtype.is_floating_point or torch.is_autocast_enabled("cpu"):
-        return None
-    if torch._C._len_torch_dispatch_stack() or torch_module._has_any_global_hook():
-        return None
-    return _native() if _backend.preferred_backend() in (None, "cpp") else None
+    """The native operator, where it may serve and nobody watches modules."""
+    return native_kernel("tail_predictor") if native_serves(images) and not torch_module._has_any_global_hook() else None

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_real
+from .._register import in_inference
 from ..nn.method import Method
 from ..nn.vision_transformer import VisionTransformer
 from ..ops import HaltingState, initial_halting_state, token_select
 from ..ops.halting_step import HALTING_STEP
 from ..ragged import RaggedTokens
+
+_halting_step = in_inference(HALTING_STEP)
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,11 @@ class AViT(Method):
     def after_block(self, index: int, tokens: RaggedTokens, state: AViTState) -> tuple[RaggedTokens, AViTState]:
         config = self.config
         # the operator itself, not its door: the state is its own
-        *sums, scores, rows, offsets = HALTING_STEP(
+        *sums, scores, rows, offsets = _halting_step(
             *(tokens.x, tokens.rows, tokens.cu_seqlens, state.readout_rows, *state.halting),
             *(float(config.gate_scale), float(config.gate_center), float(config.eps), index == state.depth - 1),
         )
-        tokens = tokens._replace(rows=rows, cu_seqlens=offsets)
+        tokens = RaggedTokens(tokens.x, rows, offsets, tokens.max_seqlen, tokens.num_prefix_tokens)
         if config.stop_with_class:
             tokens = _drop_finished(tokens, state.readout_rows)
         return tokens.trimmed(), state._replace(halting=HaltingState(*sums), scores=scores)

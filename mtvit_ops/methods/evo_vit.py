@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice, check_real
+from .._register import native_kernel, native_serves
 from ..nn.method import Method
 from ..nn.vision_transformer import VisionTransformer
 from ..ops import token_select
@@ -56,7 +57,8 @@ class EvoViTState(NamedTuple):
 
     everyone: RaggedTokens  # the list of all tokens, to select from
     score: Tensor  # (R,) float32, the evolving class attention of every token
-    class_attention: Tensor | None  # (R,) of the last scored block, 0 where a token was not processed
+    received: Tensor | None  # (T, H), the class attention of the last scored block
+    received_rows: Tensor | None  # (T,), whose it is; None: everyone's
 
 
 class EvoViT(Method):
@@ -97,7 +99,7 @@ class EvoViT(Method):
 
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, EvoViTState]:
         tokens = model.embed(images)
-        return tokens, EvoViTState(tokens, torch.zeros(tokens.x.shape[0], device=tokens.x.device), None)
+        return tokens, EvoViTState(tokens, torch.zeros(tokens.x.shape[0], device=tokens.x.device), None, None)
 
     def before_block(self, index: int, tokens: RaggedTokens, state: EvoViTState) -> tuple[RaggedTokens, EvoViTState]:
         if not self.selects[index]:
@@ -133,19 +135,19 @@ class EvoViT(Method):
     ) -> tuple[RaggedTokens, EvoViTState]:
         if scores is None:
             return tokens, state
-        attention = scores.float().sum(dim=1)  # (T,), over heads
-        weight = self.tradeoffs[index]
-        if tokens.rows is None:
-            return tokens, state._replace(
-                score=torch.lerp(state.score, attention, weight) if weight != 1 else attention,
-                class_attention=attention,
-            )
-        rows = tokens.rows.long()
-        evolved = torch.lerp(state.score[rows], attention, weight) if weight != 1 else attention
-        return tokens, state._replace(
-            score=state.score.index_copy(0, rows, evolved),
-            class_attention=torch.zeros_like(state.score).index_copy(0, rows, attention),
-        )
+        score = self._evolved(scores, state.score, tokens.rows, self.tradeoffs[index])
+        return tokens, state._replace(score=score, received=scores, received_rows=tokens.rows)
+
+    def _evolved(self, received: Tensor, score: Tensor, rows: Tensor | None, weight: float) -> Tensor:
+        """The score (R,) after a block whose live tokens received (T, H) of the class token's attention."""
+        if native_serves(received) and received.dtype is torch.float32:
+            return native_kernel("evolve_scores")(received, score, rows, weight)
+        attention = received.float().sum(dim=1)
+        if rows is None:
+            return torch.lerp(score, attention, weight) if weight != 1 else attention
+        index = rows.long()
+        evolved = torch.lerp(score[index], attention, weight) if weight != 1 else attention
+        return score.index_copy(0, index, evolved)
 
     def readout(self, first_rows: Tensor, tokens: RaggedTokens, state: EvoViTState) -> Tensor:
         if self.config.prune_cls and self.config.pool == "mean" and len(first_rows) > 0:
@@ -158,11 +160,20 @@ class EvoViT(Method):
     def extras(self, first_rows: Tensor, states: list[EvoViTState]) -> dict[str, Tensor]:
         prefix = states[-1].everyone.num_prefix_tokens
         shape = (len(states), len(first_rows), states[-1].everyone.max_seqlen)
-        attention = torch.stack([state.class_attention for state in states if state.class_attention is not None])
+        attention = torch.stack([_class_attention(state) for state in states if state.received is not None])
         return {
             "class_attention": attention.reshape(shape)[:, :, prefix:],
             "score": torch.stack([state.score for state in states]).reshape(shape)[:, :, prefix:],
         }
+
+
+def _class_attention(state: EvoViTState) -> Tensor:
+    """(R,), summed over heads, 0 where a token was not processed."""
+    assert state.received is not None
+    attention = state.received.float().sum(dim=1)
+    if state.received_rows is None:
+        return attention
+    return torch.zeros_like(state.score).index_copy(0, state.received_rows.long(), attention)
 
 
 def _per_block(name: str, value: float | tuple[float, ...], depth: int) -> tuple[float, ...]:

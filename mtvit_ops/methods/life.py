@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import check_choice, check_count, check_real, check_sequence
+from .._register import native_kernel, native_serves
 from ..nn.method import Method
 from ..nn.vision_transformer import VisionTransformer
 from ..ops import token_select
@@ -145,6 +146,9 @@ class Life(Method):
 
         float64 for float64. The gradient is finite for equal scores, too.
         """
+        base = self.config.base_block
+        if native_serves(x) and self.weight.dtype is x.dtype:
+            return native_kernel("lives")(x, self.weight, self.mean, self.std, base, self.depth)
         wide = torch.promote_types(x.dtype, torch.float32)
         device = x.device.type
         # autocast would round the scores; not every device has it, and PyTorch 2.11 cannot compile the question
@@ -158,7 +162,6 @@ class Life(Method):
         variance = centred.square().sum(dim=1, keepdim=True) / max(scores.shape[1] - 1, 1)
         spread = variance.clamp_min(torch.finfo(wide).tiny).sqrt()  # a root has no slope at 0
         normalised = centred / (spread + 1e-8) * self.std + self.mean
-        base = self.config.base_block
         return base + (self.depth - base) * normalised
 
     def extras(self, first_rows: Tensor, states: list[LifeState]) -> dict[str, Tensor]:

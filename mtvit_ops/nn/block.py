@@ -41,9 +41,13 @@ class Block(nn.Module):
         attended = self.attend(tokens)
         return self.feed_forward(attended.tokens, normed=attended.normed)
 
-    def run_(self, tokens: RaggedTokens) -> bool:
-        """Both halves into ``tokens.x`` as one native operator; False: it cannot serve here, and nothing was done."""
-        return type(self.attn) is Attention and type(self.mlp) is Mlp and block_(self, tokens)
+    def run_(self, tokens: RaggedTokens, scores: Literal["class", "mean"] | None = None) -> Whole | None:
+        """Both halves into ``tokens.x`` as one native operator; None: it cannot serve here, and nothing was done."""
+        parts = self._modules  # a module's attribute look-up would cost more than the check
+        if type(parts["attn"]) is not Attention or type(parts["mlp"]) is not Mlp:
+            return None
+        received = block_(self, tokens, SCORES[scores])
+        return None if received is None else Whole(None if scores is None else received)
 
     def attend(
         self,
@@ -96,6 +100,12 @@ class Block(nn.Module):
             return ragged_block.feed_forward(self, tokens, normed, inplace, image_scale)
         y = mlp(normed)
         return _added(tokens, y if image_scale is None else _scaled(tokens, y, image_scale), inplace)
+
+
+class Whole(NamedTuple):
+    """What a block that ran as one operator leaves behind."""
+
+    scores: Tensor | None  # (T, H) where asked for
 
 
 class Attended(NamedTuple):

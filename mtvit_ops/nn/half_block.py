@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import _backend, _extension
-from .._cpu_linear import panel_dtypes
-from .._register import native_operator
+from .._cpu_linear import linear_dtypes, panel_dtypes
+from .._register import native_operator, native_serves
 from ..ragged import RaggedTokens
-from .linear import PackedLinear, cpu_kernel_serves
+from .linear import PackedLinear
 
 if TYPE_CHECKING:
     from .block import Block
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class _Halves(NamedTuple):
     attention: Callable[..., Tensor]
     feed_forward: Callable[..., None]
-    block: Callable[..., None]
+    block: Callable[..., Tensor]
 
 
 def attention_half_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor | None:
@@ -53,19 +53,18 @@ def feed_forward_half_(block: Block, tokens: RaggedTokens) -> bool:
     return True
 
 
-def block_(block: Block, tokens: RaggedTokens) -> bool:
-    """Both halves, without scores; False: it cannot serve here, and nothing was done."""
+def block_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor | None:
+    """Both halves, and the scores of the first; None: it cannot serve here, and nothing was done."""
     x = tokens.x
     halves = _halves_for(x)
     if halves is None:
-        return False
+        return None
     attention, feed_forward = _attention_arguments(block, x), _feed_forward_arguments(block, x)
     if attention is None or feed_forward is None:
-        return False
+        return None
     into, out_of = attention
-    offsets, longest = tokens.cu_seqlens, tokens.max_seqlen
-    halves.block(x, tokens.rows, offsets, longest, *into, *out_of, *feed_forward, x.dtype in panel_dtypes())
-    return True
+    offsets, longest, panels = tokens.cu_seqlens, tokens.max_seqlen, x.dtype in panel_dtypes()
+    return halves.block(x, tokens.rows, offsets, longest, *into, scores, *out_of, *feed_forward, panels)
 
 
 Arguments = tuple[Any, ...]
@@ -108,10 +107,10 @@ def _native_halves(panels: bool = False) -> _Halves | None:
 
 
 def _halves_for(x: Tensor) -> _Halves | None:
-    if not (cpu_kernel_serves(x) and _backend.preferred_backend() in (None, "cpp")):
+    if not native_serves(x) or x.numel() == 0 or x.dtype not in linear_dtypes():
         return None
-    # whoever watches operators or modules wants to see each
-    if torch._C._len_torch_dispatch_stack() or torch_module._has_any_global_hook():
+    # whoever watches modules wants to see each
+    if torch_module._has_any_global_hook():
         return None
     return _native_halves(x.dtype in panel_dtypes())
 

@@ -136,8 +136,8 @@ class VisionTransformer(nn.Module):
         method, inplace = self.method, not torch.is_grad_enabled()
         ragged = method.counts_are_dynamic
         acts_within = type(method).after_attention is not Method.after_attention
-        whole = inplace and not acts_within
-        packs = not (inplace or ragged) and (not acts_within or method.reads_scores_only)
+        whole = not acts_within or method.reads_scores_only  # it does not matter when the method hears of the scores
+        packs = whole and not (inplace or ragged)
         tokens, state = method.embed(self, images)
         first_rows = tokens.cu_seqlens[:-1].long()
         for index, block in enumerate(cast("list[Block]", self.blocks)):
@@ -145,10 +145,13 @@ class VisionTransformer(nn.Module):
             if recorder is not None:
                 recorder.enter(tokens)
             scores = method.scores_at(index, recorder is not None)
-            if packs and tokens.rows is not None and block.takes_packed:
+            ran = block.run_(tokens, scores) if whole and inplace and type(block) is Block else None
+            if ran is not None:
+                tokens, state = method.after_attention(index, tokens, state, ran.scores)
+            elif packs and tokens.rows is not None and block.takes_packed:
                 tokens, received = _run_packed(block, tokens, scores)
                 tokens, state = method.after_attention(index, tokens, state, received)
-            elif not (whole and scores is None and type(block) is Block and block.run_(tokens)):
+            else:
                 attended = block.attend(tokens, scores=scores, inplace=inplace, ragged=ragged)
                 tokens, state = method.after_attention(index, attended.tokens, state, attended.scores)
                 # a method may have dropped tokens, or written some

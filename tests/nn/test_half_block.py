@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mtvit_ops
 from mtvit_ops import _backend, pack_weights
 from mtvit_ops._cpu_linear import linear_dtypes
+from mtvit_ops.methods import EvoViT
 from mtvit_ops.nn import Block, half_block
 from mtvit_ops.ops.varlen_attention import SCORES
 from mtvit_ops.ragged import RaggedTokens
@@ -101,8 +102,14 @@ def test_a_model_in_place_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(half_block, "_native_halves", lambda panels: counted)
     images = torch.randn(2, 3, 64, 64)
-    mtvit_ops.create_model("evovit_tiny_patch16_224", img_size=64, depth=3).eval()(images)
-    assert calls == ["attention", "feed_forward"] * 3  # the method acts between them
+    model = mtvit_ops.create_model("evovit_tiny_patch16_224", img_size=64, depth=3).eval()
+    with_scores = model(images)
+    assert calls == ["block"] * 3  # the method reads scores, and nothing else
+    calls.clear()
+    monkeypatch.setattr(EvoViT, "reads_scores_only", False)  # as if it acted between the halves
+    halves = model(images)
+    assert calls == ["attention", "feed_forward"] * 3
+    assert_equal("logits", with_scores, halves)
     calls.clear()
     mtvit_ops.create_model("avit_tiny_patch16_224", img_size=64, depth=3).eval()(images)
     assert calls == ["block"] * 3
@@ -114,7 +121,7 @@ def test_a_model_in_place_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_block_is_its_halves(case: str, dtype: torch.dtype, packed: bool) -> None:
     block, tokens = make_block(dtype, packed), make_tokens(case, dtype)
     whole, halves = copied(tokens), copied(tokens)
-    assert block.run_(whole) == (dtype in linear_dtypes())
+    assert (block.run_(whole) is not None) == (dtype in linear_dtypes())
     if dtype in linear_dtypes():
         assert half_block.attention_half_(block, halves, 0) is not None
         assert half_block.feed_forward_half_(block, halves)
@@ -125,7 +132,7 @@ def test_a_block_with_one_watched_half_does_nothing() -> None:
     block, tokens = make_block(), make_tokens()
     block.mlp.fc2.register_forward_hook(lambda *_: None)
     before = tokens.x.clone()
-    assert not block.run_(tokens)
+    assert block.run_(tokens) is None
     assert_equal("x", tokens.x, before)
 
 

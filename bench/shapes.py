@@ -70,3 +70,6 @@ class FixedCounts(Method):
             state, None, tokens.cu_seqlens, keep=keep, num_prefix_tokens=1, max_seqlen=tokens.max_seqlen
         )
         return tokens.select(selection, max(counts)).trimmed(), state
+
+    def quiet_until(self, index: int) -> int:
+        return FIRST_PRUNED_BLOCK if index < FIRST_PRUNED_BLOCK else super().quiet_until(index)

@@ -27,9 +27,9 @@ def onednn_dtypes() -> tuple[torch.dtype, ...]:
 def panel_dtypes() -> tuple[torch.dtype, ...]:
     """What our own kernel (``csrc/cpu/ragged_linear.cpp``) multiplies here, in oneDNN's place.
 
-    With AVX2 alone it is as fast as oneDNN at many tokens, faster at few (``bench/results/cpu/cpu.md``), and takes 16-bit
-    weights, for which PyTorch has no fast kernel there. With AVX-512 it was not measured against oneDNN, so that it takes
-    what oneDNN does not.
+    With AVX2 alone it is as fast as oneDNN at many tokens, faster at few (``bench/results/cpu/cpu.md``), and takes
+    16-bit weights, for which PyTorch has no fast kernel there. With AVX-512 it was not measured against oneDNN: there
+    it takes what oneDNN does not.
     """
     if not _extension.has_extension():
         return ()

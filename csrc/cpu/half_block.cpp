@@ -51,22 +51,36 @@ void feed_forward_half_(Tensor x, std::optional<Tensor> rows, const Tensor& norm
   write(panels, x, rows, hidden, fc2_weight, fc2_bias);
 }
 
-// Whatever feed_forward_half_ would refuse that attention_half_ does not look at.
-void check_feed_forward(const Tensor& x, const std::optional<Tensor>& rows, const Tensor& norm_weight,
-                        const Tensor& norm_bias, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias,
-                        const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias, bool panels) {
+// The same of weight and bias of a linear layer behind `features` numbers; returns out_features.
+int64_t check_layer(bool panels, int64_t tokens, int64_t features, ScalarType dtype, const Tensor& weight,
+                    const std::optional<Tensor>& bias) {
+  if (panels) return check_panels(features, dtype, weight, bias);
+  check_linear(tokens, features, dtype, weight, bias);
+  return weight.size(0);
+}
+
+}  // namespace
+
+void check_block(const Tensor& x, const std::optional<Tensor>& rows, const Tensor& norm1_weight,
+                 const Tensor& norm1_bias, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias,
+                 int64_t heads, const Tensor& proj_weight, const std::optional<Tensor>& proj_bias,
+                 const Tensor& norm2_weight, const Tensor& norm2_bias, const Tensor& fc1_weight,
+                 const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias,
+                 bool panels) {
   check_dim("x", x, 2, "(R, D)");
   if (rows) check_dim("rows", *rows, 1, "(T,)");
   const int64_t tokens = rows ? rows->size(0) : x.size(0), d = x.size(1);
-  check_layer_norm(x, norm_weight, norm_bias);
-  const auto check = [&](int64_t features, const Tensor& weight, const std::optional<Tensor>& bias) {
-    if (panels) return check_panels(features, x.scalar_type(), weight, bias);
-    check_linear(tokens, features, x.scalar_type(), weight, bias);
-    return weight.size(0);
-  };
-  const int64_t hidden = check(d, fc1_weight, fc1_bias);
-  MTVIT_CHECK(check(hidden, fc2_weight, fc2_bias) == d, "the last weight must have shape (", d, ", ", hidden, "), got ",
-              shape_of(fc2_weight));
+  const ScalarType dtype = x.scalar_type();
+  check_layer_norm(x, norm1_weight, norm1_bias);
+  const int64_t width = check_layer(panels, tokens, d, dtype, qkv_weight, qkv_bias);
+  MTVIT_CHECK(heads > 0 && width % (3 * heads) == 0, "the first weight must have shape (3 * ", heads, " * d, ", d,
+              "), got ", width, " rows");
+  MTVIT_CHECK(check_layer(panels, tokens, width / 3, dtype, proj_weight, proj_bias) == d,
+              "the attention's last weight must have shape (", d, ", ", width / 3, "), got ", shape_of(proj_weight));
+  check_layer_norm(x, norm2_weight, norm2_bias);
+  const int64_t hidden = check_layer(panels, tokens, d, dtype, fc1_weight, fc1_bias);
+  MTVIT_CHECK(check_layer(panels, tokens, hidden, dtype, fc2_weight, fc2_bias) == d,
+              "the last weight must have shape (", d, ", ", hidden, "), got ", shape_of(fc2_weight));
 }
 
 // Refuses before it writes.
@@ -76,14 +90,14 @@ Tensor block_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, in
               std::optional<Tensor> proj_bias, const Tensor& norm2_weight, const Tensor& norm2_bias, double norm2_eps,
               const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
               std::optional<Tensor> fc2_bias, bool panels) {
-  check_feed_forward(x, rows, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, panels);
+  check_block(x, rows, norm1_weight, norm1_bias, qkv_weight, qkv_bias, heads, proj_weight, proj_bias, norm2_weight,
+              norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, panels);
   const Tensor received = attention_half_(x, rows, cu_seqlens, max_seqlen, norm1_weight, norm1_bias, norm1_eps,
                                           qkv_weight, qkv_bias, heads, scale, scores, proj_weight, proj_bias, panels);
   feed_forward_half_(x, rows, norm2_weight, norm2_bias, norm2_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, panels);
   return received;
 }
 
-}  // namespace
 }  // namespace mtvit_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "ops.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -81,10 +82,12 @@ void run(const Gate& gate, const State& s, const Tensor& x, const int32_t* rows,
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> halting_step(
-    const Tensor& tokens, std::optional<Tensor> rows, const Tensor& cu_seqlens, const Tensor& readout_rows,
-    const Tensor& cumulative, const Tensor& remainder, const Tensor& ponder, const Tensor& counters,
-    const Tensor& output, double gate_scale, double gate_center, double eps, bool last) {
+}  // namespace
+
+Halted halting_step(const Tensor& tokens, std::optional<Tensor> rows, const Tensor& cu_seqlens,
+                    const Tensor& readout_rows, const Tensor& cumulative, const Tensor& remainder, const Tensor& ponder,
+                    const Tensor& counters, const Tensor& output, double gate_scale, double gate_center, double eps,
+                    bool last) {
   check_dim("x", tokens, 2, "(R, D)");
   // a last stride other than 1 costs a copy
   const Tensor x = tokens.size(1) <= 1 || tokens.stride(1) == 1 ? tokens : as_contiguous(tokens);
@@ -147,7 +150,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> halti
   return {new_cumulative, new_remainder, new_ponder, new_counters, new_output, score, next, next_cu};
 }
 
-}  // namespace
 }  // namespace mtvit_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {

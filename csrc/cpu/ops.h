@@ -18,6 +18,30 @@ void check_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias)
 
 void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, std::optional<Tensor> scale);
 
+// State, scores, rows and offsets after a layer.
+using Halted = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Halted halting_step(const Tensor& tokens, std::optional<Tensor> rows, const Tensor& cu_seqlens,
+                    const Tensor& readout_rows, const Tensor& cumulative, const Tensor& remainder, const Tensor& ponder,
+                    const Tensor& counters, const Tensor& output, double gate_scale, double gate_center, double eps,
+                    bool last);
+
+// Both halves of a block in place; returns the scores asked for.
+Tensor block_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
+              const Tensor& norm1_weight, const Tensor& norm1_bias, double norm1_eps, const Tensor& qkv_weight,
+              std::optional<Tensor> qkv_bias, int64_t heads, double scale, int64_t scores, const Tensor& proj_weight,
+              std::optional<Tensor> proj_bias, const Tensor& norm2_weight, const Tensor& norm2_bias, double norm2_eps,
+              const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
+              std::optional<Tensor> fc2_bias, bool panels);
+
+// Whatever a block would refuse but for offsets and rows.
+void check_block(const Tensor& x, const std::optional<Tensor>& rows, const Tensor& norm1_weight,
+                 const Tensor& norm1_bias, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias,
+                 int64_t heads, const Tensor& proj_weight, const std::optional<Tensor>& proj_bias,
+                 const Tensor& norm2_weight, const Tensor& norm2_bias, const Tensor& fc1_weight,
+                 const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias,
+                 bool panels);
+
 // out (T, H, d), lse (T, H), scores (T, H) or (0, H)
 using Attended = std::tuple<Tensor, Tensor, Tensor>;
 

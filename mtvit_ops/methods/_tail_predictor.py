@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
@@ -65,7 +64,12 @@ class TailPredictor(nn.Module):
         parts = [*self.features._modules.values()]
         kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
         head = self._modules["head"]
-        if len(parts) != 6 * len(self.WIDTHS) - 3 or type(head) not in (nn.Linear, PackedLinear) or not is_plain(head):
+        if (
+            len(parts) != 6 * len(self.WIDTHS) - 3
+            or head is None
+            or type(head) not in (nn.Linear, PackedLinear)
+            or not is_plain(head)
+        ):
             return None
         if not is_plain(self.features):
             return None
@@ -96,4 +100,6 @@ def _conv(width: int, wider: int, kernel: int, stride: int, groups: int) -> list
 
 def _native_for(images: Tensor) -> Kernel | None:
     """The native operator, where it may serve and nobody watches modules."""
-    return native_kernel("tail_predictor") if native_serves(images) and not torch_module._has_any_global_hook() else None
+    return (
+        native_kernel("tail_predictor") if native_serves(images) and not torch_module._has_any_global_hook() else None
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from .._checks import check_choice, check_real
 from .._register import in_inference
+from ..nn.block import Block
+from ..nn.half_block import halting_blocks_
 from ..nn.method import Method
 from ..nn.vision_transformer import VisionTransformer
 from ..ops import HaltingState, initial_halting_state, token_select
@@ -72,6 +75,20 @@ class AViT(Method):
         readout_rows = tokens.cu_seqlens[:-1]
         halting = initial_halting_state(tokens.x, readout_rows)
         return tokens, AViTState(halting, halting.cumulative, readout_rows, len(model.blocks))
+
+    def run_blocks_(
+        self, blocks: Sequence[Block], tokens: RaggedTokens, state: AViTState
+    ) -> tuple[RaggedTokens, AViTState] | None:
+        config = self.config
+        if config.stop_with_class or tokens.rows is not None:
+            return None
+        gate = float(config.gate_scale), float(config.gate_center), float(config.eps)
+        done = halting_blocks_(blocks, tokens, state.readout_rows, *state.halting, *gate)
+        if done is None:
+            return None
+        *sums, scores, rows, offsets = done
+        tokens = RaggedTokens(tokens.x, rows, offsets, tokens.max_seqlen, tokens.num_prefix_tokens)
+        return tokens, state._replace(halting=HaltingState(*sums), scores=scores)
 
     def after_block(self, index: int, tokens: RaggedTokens, state: AViTState) -> tuple[RaggedTokens, AViTState]:
         config = self.config

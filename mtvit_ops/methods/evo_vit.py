@@ -130,6 +130,14 @@ class EvoViT(Method):
         )
         return "class" if index < self.last_selection and not overwritten else None
 
+    def quiet_until(self, index: int) -> int:
+        until, depth = index, len(self.selects)
+        while until < depth and self.scores_at(until, False) is None and (until == index or not self.selects[until]):
+            until += 1
+            if self.config.mode == "layer":  # a dense block behind a pruned one takes everyone
+                break
+        return until
+
     def after_attention(
         self, index: int, tokens: RaggedTokens, state: EvoViTState, scores: Tensor | None
     ) -> tuple[RaggedTokens, EvoViTState]:

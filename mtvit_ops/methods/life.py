@@ -141,6 +141,11 @@ class Life(Method):
             return tokens._replace(rows=rows, cu_seqlens=offsets, max_seqlen=budget), state
         return tokens, state
 
+    def quiet_until(self, index: int) -> int:
+        if self.config.mode == "threshold":  # every block behind the lives may drop tokens
+            return max(index + 1, self.config.base_block)
+        return min((start for start in self.starts if start > index), default=self.depth)
+
     def lives(self, x: Tensor) -> Tensor:
         """The last block index each patch outlives, (B, 1 + N, D) to (B, N) float32; may lie outside [0, depth].
 

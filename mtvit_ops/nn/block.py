@@ -43,11 +43,13 @@ class Block(nn.Module):
 
     def run_(self, tokens: RaggedTokens, scores: Literal["class", "mean"] | None = None) -> Whole | None:
         """Both halves into ``tokens.x`` as one native operator; None: it cannot serve here, and nothing was done."""
-        parts = self._modules  # a module's attribute look-up would cost more than the check
-        if type(parts["attn"]) is not Attention or type(parts["mlp"]) is not Mlp:
-            return None
-        received = block_(self, tokens, SCORES[scores])
+        received = block_(self, tokens, SCORES[scores]) if self.is_whole() else None
         return None if received is None else Whole(None if scores is None else received)
+
+    def is_whole(self) -> bool:
+        """Whether both parts are of the classes that the native operator stands for."""
+        parts = self._modules  # a module's attribute look-up would cost more than the check
+        return type(parts["attn"]) is Attention and type(parts["mlp"]) is Mlp
 
     def attend(
         self,

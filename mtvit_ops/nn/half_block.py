@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -25,6 +24,8 @@ class _Halves(NamedTuple):
     attention: Callable[..., Tensor]
     feed_forward: Callable[..., None]
     block: Callable[..., Tensor]
+    blocks: Callable[..., None]
+    halting_blocks: Callable[..., Any]
 
 
 def attention_half_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor | None:
@@ -67,7 +68,51 @@ def block_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor | None:
     return halves.block(x, tokens.rows, offsets, longest, *into, scores, *out_of, *feed_forward, panels)
 
 
+def blocks_(blocks: Sequence[Block], tokens: RaggedTokens) -> bool:
+    """One block after the other; False: it cannot serve here, and nothing was done."""
+    halves = _halves_for(tokens.x)
+    given = None if halves is None else _run_arguments(blocks, tokens.x)
+    if halves is None or given is None:
+        return False
+    halves.blocks(tokens.x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, *given)
+    return True
+
+
+def halting_blocks_(blocks: Sequence[Block], tokens: RaggedTokens, *halting: Any) -> Any:
+    """One block after the other on all tokens, A-ViT's halting step behind each; what the last one gives.
+
+    ``halting``: readout rows, the five parts of the state, gate_scale, gate_center and eps. None: it cannot serve here,
+    and nothing was done.
+    """
+    halves = _halves_for(tokens.x)
+    given = None if halves is None else _run_arguments(blocks, tokens.x)
+    if halves is None or given is None:
+        return None
+    return halves.halting_blocks(tokens.x, tokens.cu_seqlens, tokens.max_seqlen, *given, *halting)
+
+
 Arguments = tuple[Any, ...]
+
+
+def _run_arguments(blocks: Sequence[Block], x: Tensor) -> Arguments | None:
+    """Weights and sizes of blocks that are all of one kind."""
+    weights: list[Tensor | None] = []
+    sizes = None
+    for block in blocks:
+        if not block.is_whole():
+            return None
+        attention, feed_forward = _attention_arguments(block, x), _feed_forward_arguments(block, x)
+        if attention is None or feed_forward is None:
+            return None
+        (weight1, bias1, eps1, qkv, qkv_bias, *heads), proj = attention
+        weight2, bias2, eps2, *layers = feed_forward
+        if sizes not in (None, (eps1, *heads)) or eps1 != eps2:
+            return None
+        sizes = eps1, *heads
+        weights += (weight1, bias1, qkv, qkv_bias, *proj, weight2, bias2, *layers)
+    if sizes is None or any(weight is None for weight in weights):
+        return None
+    return weights, *sizes, x.dtype in panel_dtypes()
 
 
 def _attention_arguments(block: Block, x: Tensor) -> tuple[Arguments, Arguments] | None:
@@ -103,7 +148,9 @@ def _native_halves(panels: bool = False) -> _Halves | None:
     if missing:
         _backend.say_once(logging.INFO, f"blocks run as single operators on the CPU, since {missing}")
         return None
-    return _Halves(*map(native_operator, ("attention_half_", "feed_forward_half_", "block_")))
+    return _Halves(
+        *map(native_operator, ("attention_half_", "feed_forward_half_", "block_", "blocks_", "halting_blocks_"))
+    )
 
 
 def _halves_for(x: Tensor) -> _Halves | None:

@@ -16,7 +16,7 @@ from .._cpu_linear import onednn_dtypes, panel_columns, panel_dtypes
 def linear(x: Tensor, layer: nn.Module, *, gelu: bool = False) -> Tensor:
     """``layer(x)``, with an exact (erf) GELU behind it on request.
 
-    For inference on the CPU this goes to PyTorch's oneDNN kernel or to ours (``_cpu_linear`` says which, and why), which
+    For inference on the CPU this goes to PyTorch's oneDNN kernel or to ours (``_cpu_linear`` says which, and why); both
     take bias and GELU along in one pass and do not depend on the BLAS behind ``F.linear``.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from ..ragged import RaggedTokens
 
 if TYPE_CHECKING:
     from .vision_transformer import VisionTransformer, ViTConfig
+
+_POINTS = ("before_block", "scores_at", "after_attention", "after_block")  # between the embedding and the readout
 
 
 class Method(nn.Module):
@@ -23,6 +26,17 @@ class Method(nn.Module):
     cost_field: ClassVar[str | None] = None  # the configuration field that sets the cost
     # whether after_attention looks at nothing but the scores and the list of rows, and changes no tokens
     reads_scores_only: ClassVar[bool] = False
+
+    # which of quiet_until and run_blocks_ know all points of the class: none was overridden below where they come from
+    informed: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.informed = frozenset(
+            name
+            for name in ("quiet_until", "run_blocks_")
+            if all(issubclass(_owner(cls, name), _owner(cls, point)) for point in _POINTS)
+        )
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -55,6 +69,21 @@ class Method(nn.Module):
         """Act between the attention and the MLP of block ``index``, with the scores (T, H) asked for."""
         return tokens, state
 
+    def quiet_until(self, index: int) -> int:
+        """Behind ``before_block(index)``: up to which block, itself not counted, nothing is asked of the method.
+
+        No scores and none of the points from ``after_attention`` of block ``index`` on; the blocks between may then run
+        as one operator. ``index``: it is wanted at once. Not asked where a subclass has points of its own.
+        """
+        return 0 if self.model_config is None else self.model_config.depth
+
+    def run_blocks_(self, blocks: Sequence[Any], tokens: RaggedTokens, state: Any) -> tuple[RaggedTokens, Any] | None:
+        """All blocks at once, in place, in inference without a trace; None: they run one by one.
+
+        Not asked where a subclass has points of its own.
+        """
+        return None
+
     def after_block(self, index: int, tokens: RaggedTokens, state: Any) -> tuple[RaggedTokens, Any]:
         """Act after block ``index``."""
         return tokens, state
@@ -69,3 +98,7 @@ class Method(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.config)
+
+
+def _owner(cls: type, name: str) -> type:
+    return next(base for base in cls.__mro__ if name in vars(base))

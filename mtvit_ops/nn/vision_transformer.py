@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_real, check_tensor
+from .._register import native_serves
 from ..ragged import RaggedTokens
 from .block import Block
+from .half_block import blocks_
 from .linear import linear
 from .method import Method
 from .patch_embed import PatchEmbed
@@ -140,12 +142,25 @@ class VisionTransformer(nn.Module):
         packs = whole and not (inplace or ragged)
         tokens, state = method.embed(self, images)
         first_rows = tokens.cu_seqlens[:-1].long()
-        for index, block in enumerate(cast("list[Block]", self.blocks)):
+        blocks = list(cast("list[Block]", self.blocks))
+        native = inplace and all(type(block) is Block for block in blocks)
+        # blocks between which nobody looks may run as one operator
+        informed = method.informed if native and recorder is None and native_serves(tokens.x) else frozenset()
+        done = method.run_blocks_(blocks, tokens, state) if "run_blocks_" in informed else None
+        if done is not None:
+            return first_rows, *done
+        index = 0
+        while index < len(blocks):
             tokens, state = method.before_block(index, tokens, state)
+            until = method.quiet_until(index) if "quiet_until" in informed else index
+            if until > index and blocks_(blocks[index:until], tokens):
+                index = until
+                continue
+            block = blocks[index]
             if recorder is not None:
                 recorder.enter(tokens)
             scores = method.scores_at(index, recorder is not None)
-            ran = block.run_(tokens, scores) if whole and inplace and type(block) is Block else None
+            ran = block.run_(tokens, scores) if whole and native else None
             if ran is not None:
                 tokens, state = method.after_attention(index, tokens, state, ran.scores)
             elif packs and tokens.rows is not None and block.takes_packed:
@@ -160,6 +175,7 @@ class VisionTransformer(nn.Module):
             tokens, state = method.after_block(index, tokens, state)
             if recorder is not None:
                 recorder.leave(state)
+            index += 1
         return first_rows, tokens, state
 
     def classify(self, pooled: Tensor) -> Tensor:

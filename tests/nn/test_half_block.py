@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtvit_ops
 from mtvit_ops import _backend, pack_weights
-from mtvit_ops._cpu_linear import linear_dtypes
-from mtvit_ops.methods import EvoViT
+from mtvit_ops._cpu_linear import linear_dtypes, panel_dtypes
+from mtvit_ops.methods import AViT, Dense, EvoViT
 from mtvit_ops.nn import Block, half_block
 from mtvit_ops.ops.varlen_attention import SCORES
 from mtvit_ops.ragged import RaggedTokens
@@ -94,25 +94,60 @@ def test_same_bits(case: str, scores: str | None, dtype: torch.dtype, packed: bo
 
 def test_a_model_in_place_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = half_block._native_halves()
-    counted = half_block._Halves(
-        lambda *args: (calls.append("attention"), real.attention(*args))[1],
-        lambda *args: (calls.append("feed_forward"), real.feed_forward(*args))[1],
-        lambda *args: (calls.append("block"), real.block(*args))[1],
-    )
-    monkeypatch.setattr(half_block, "_native_halves", lambda panels: counted)
+    real = half_block._native_halves(torch.float32 in panel_dtypes())
+
+    def counted(name: str) -> Callable[..., object]:
+        return lambda *args: (calls.append(name), getattr(real, name)(*args))[1]
+
+    watched = half_block._Halves(*map(counted, half_block._Halves._fields))
+    monkeypatch.setattr(half_block, "_native_halves", lambda panels: watched)
     images = torch.randn(2, 3, 64, 64)
-    model = mtvit_ops.create_model("evovit_tiny_patch16_224", img_size=64, depth=3).eval()
-    with_scores = model(images)
-    assert calls == ["block"] * 3  # the method reads scores, and nothing else
-    calls.clear()
-    monkeypatch.setattr(EvoViT, "reads_scores_only", False)  # as if it acted between the halves
-    halves = model(images)
-    assert calls == ["attention", "feed_forward"] * 3
-    assert_equal("logits", with_scores, halves)
-    calls.clear()
-    mtvit_ops.create_model("avit_tiny_patch16_224", img_size=64, depth=3).eval()(images)
-    assert calls == ["block"] * 3
+
+    def run(name: str, trace: bool = False, **options: object) -> tuple[Tensor, list[str]]:
+        torch.manual_seed(0)
+        model = mtvit_ops.create_model(name, img_size=64, depth=6, **options).eval()
+        calls.clear()
+        logits = model(images, return_trace=True)[0] if trace else model(images)
+        return logits, calls.copy()
+
+    # runs of blocks between which nothing is asked of the method; blocks with scores alone
+    runs = {
+        "vit_tiny_patch16_224": ["blocks"],
+        "avit_tiny_patch16_224": ["halting_blocks"],
+        "evovit_tiny_patch16_224": ["blocks", "block", "block", "block", "blocks"],
+        "lifevit_tiny_patch16_224": ["blocks"] * 3,
+    }
+    options: dict[str, dict[str, int]] = {"lifevit_tiny_patch16_224": {"base_block": 2}}
+    for name, expected in runs.items():
+        logits, called = run(name, **options.get(name, {}))
+        assert called == expected, name
+        seen, called = run(name, trace=True, **options.get(name, {}))
+        assert called == ["block"] * 6, name  # the trace looks at each
+        assert_equal(f"logits of {name}", logits, seen)
+    logits, _ = run("evovit_tiny_patch16_224")
+    # as if it acted between the halves, and somewhere nobody knows
+    monkeypatch.setattr(EvoViT, "reads_scores_only", False)
+    monkeypatch.setattr(EvoViT, "informed", frozenset())
+    halves, called = run("evovit_tiny_patch16_224")
+    assert called == ["attention", "feed_forward"] * 6
+    assert_equal("logits", logits, halves)
+
+
+def test_a_subclass_with_points_of_its_own_is_asked_at_each_block() -> None:
+    class Counting(AViT):
+        def after_block(self, index, tokens, state):
+            asked.append(index)
+            return super().after_block(index, tokens, state)
+
+    asked: list[int] = []
+    assert AViT.informed == {"run_blocks_"}  # quiet_until is Method's, which knows nothing of halting
+    assert Counting.informed == frozenset()
+    assert Dense.informed == {"quiet_until", "run_blocks_"}
+    model = mtvit_ops.create_model("avit_tiny_patch16_224", img_size=64, depth=3).eval()
+    images = torch.randn(2, 3, 64, 64)
+    other = model.with_method(Counting(model.method.config)).eval()
+    assert_equal("logits", other(images), model(images))
+    assert asked == [0, 1, 2]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])

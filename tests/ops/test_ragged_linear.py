@@ -329,7 +329,11 @@ BAD = {
     "bias-dtype": ({"bias": torch.ones(4).double()}, TypeError, "bias must have dtype float32"),
     "offsets-dtype": ({"cu_seqlens": torch.tensor([0, 3])}, TypeError, "cu_seqlens must have dtype int32"),
     "offsets-none": ({"cu_seqlens": torch.zeros(0).int()}, ValueError, "cu_seqlens must have B"),
-    "offsets-beyond": ({"cu_seqlens": offsets((2, 2))}, ValueError, "cu_seqlens must end (within the 3 tokens|at 3 or before), got 4"),
+    "offsets-beyond": (
+        {"cu_seqlens": offsets((2, 2))},
+        ValueError,
+        "cu_seqlens must end .*3.*, got 4",
+    ),
     "offsets-start": ({"cu_seqlens": offsets((2, 1)) + 1}, ValueError, "cu_seqlens must start at 0"),
     "offsets-fall": ({"cu_seqlens": offsets((2, -1))}, ValueError, "cu_seqlens must not decrease"),
 }

@@ -21,8 +21,9 @@ namespace {
 
 // linear(layer_norm(x[rows]))
 Tensor read(bool panels, const Tensor& x, const std::optional<Tensor>& rows, const Tensor& norm_weight,
-            const Tensor& norm_bias, double eps, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu) {
-  if (panels) return panel_linear_of_norm(x, rows, norm_weight, norm_bias, eps, weight, bias, gelu);
+            const Tensor& norm_bias, double eps, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu,
+            Place place) {
+  if (panels) return panel_linear_of_norm(x, rows, norm_weight, norm_bias, eps, weight, bias, gelu, place);
   return onednn_linear(layer_norm_rows(x, rows, norm_weight, norm_bias, eps), weight, bias, gelu);
 }
 
@@ -37,7 +38,7 @@ Tensor attention_half_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_se
                        const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& qkv_weight,
                        std::optional<Tensor> qkv_bias, int64_t heads, double scale, int64_t scores,
                        const Tensor& proj_weight, std::optional<Tensor> proj_bias, bool panels) {
-  const Tensor qkv = read(panels, x, rows, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, false);
+  const Tensor qkv = read(panels, x, rows, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, false, Place::qkv);
   const auto [out, lse, received] = packed_attention(qkv, heads, cu_seqlens, max_seqlen, scale, scores);
   const Tensor flat = as_matrix(out, out.size(1) * out.size(2));
   write(panels, x, rows, flat, proj_weight, proj_bias);
@@ -47,7 +48,7 @@ Tensor attention_half_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_se
 void feed_forward_half_(Tensor x, std::optional<Tensor> rows, const Tensor& norm_weight, const Tensor& norm_bias,
                         double eps, const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
                         std::optional<Tensor> fc2_bias, bool panels) {
-  const Tensor hidden = read(panels, x, rows, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, true);
+  const Tensor hidden = read(panels, x, rows, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, true, Place::hidden);
   write(panels, x, rows, hidden, fc2_weight, fc2_bias);
 }
 

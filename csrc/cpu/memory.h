@@ -1,5 +1,6 @@
 // Memory to work in, small parameters as float32, and whether two matrices share memory.
 #pragma once
+#include <array>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -22,22 +23,53 @@ inline Buffer allocate(int64_t floats) {
   return Buffer(static_cast<float*>(p));
 }
 
-// Each thread keeps its scratch between calls up to 16 MiB, enough for 8192 keys of two 64-wide heads.
+// Memory that a thread keeps between calls, up to 16 MiB: fresh memory costs a page fault every 4 KiB.
+class Kept {
+ public:
+  static constexpr int64_t kMost = int64_t{4} << 20;  // floats, enough for 8192 keys of two 64-wide heads
+
+  float* of(int64_t floats) {
+    if (size_ < floats) {
+      buffer_.reset();
+      size_ = 0;
+      buffer_ = allocate(floats);
+      size_ = floats;
+    }
+    return buffer_.get();
+  }
+
+ private:
+  Buffer buffer_;
+  int64_t size_ = 0;
+};
+
+// What one item of work needs, in the thread that does it.
 inline float* thread_scratch(int64_t floats, Buffer& large) {
-  constexpr int64_t kKept = int64_t{4} << 20;
-  if (floats > kKept) {
+  if (floats > Kept::kMost) {
     large = allocate(floats);
     return large.get();
   }
-  thread_local Buffer kept;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    kept.reset();
-    size = 0;
-    kept = allocate(floats);
-    size = floats;
-  }
-  return kept.get();
+  thread_local Kept kept;
+  return kept.of(floats);
+}
+
+// What a block computes on its way. One at a time in each place: the next tensor of this thread overwrites it.
+enum class Place : size_t { qkv, attended, hidden };
+
+template <size_t N>
+Tensor kept_as(Place place, const Tensor& like, const std::array<int64_t, N>& sizes) {
+  int64_t bytes = static_cast<int64_t>(like.element_size());
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes > Kept::kMost * 4) return empty_as(like, sizes);
+  thread_local std::array<Kept, 3> places;
+  const auto strides = contiguous_strides(sizes);
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(places[static_cast<size_t>(place)].of((bytes + 3) / 4), N,
+                                                            sizes.data(), strides.data(), 0, dtype,
+                                                            aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
 }
 
 // A vector as contiguous float32: the tensor's own memory, or a copy. No PyTorch call, which would cost a small

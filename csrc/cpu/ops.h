@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "memory.h"
 
 namespace mtvit_ops {
 
@@ -45,7 +46,7 @@ void check_block(const Tensor& x, const std::optional<Tensor>& rows, const Tenso
 // out (T, H, d), lse (T, H), scores (T, H) or (0, H)
 using Attended = std::tuple<Tensor, Tensor, Tensor>;
 
-// varlen_attention of the three parts of qkv (T, 3 * H * d), contiguous.
+// varlen_attention of the three parts of qkv (T, 3 * H * d), contiguous; out lies in memory that this thread keeps.
 Attended packed_attention(const Tensor& qkv, int64_t heads, const Tensor& cu_seqlens, int64_t max_seqlen, double scale,
                           int64_t scores);
 
@@ -55,10 +56,10 @@ Tensor panel_linear(const Tensor& a, const Tensor& weight, const std::optional<T
 // What these ask of weight and bias, for rows of k numbers of a dtype; returns N.
 int64_t check_panels(int64_t k, ScalarType dtype, const Tensor& weight, const std::optional<Tensor>& bias);
 
-// The same of layer_norm(x[rows]), which is written nowhere.
+// The same of layer_norm(x[rows]), which is written nowhere; the result lies in memory of `place`.
 Tensor panel_linear_of_norm(const Tensor& x, const std::optional<Tensor>& rows, const Tensor& norm_weight,
                             const Tensor& norm_bias, double eps, const Tensor& weight,
-                            const std::optional<Tensor>& bias, bool gelu = false);
+                            const std::optional<Tensor>& bias, bool gelu, Place place);
 
 // x[rows] += a @ weight^T + bias.
 void panel_linear_residual_(Tensor x, const std::optional<Tensor>& rows, const Tensor& a, const Tensor& weight,

@@ -102,9 +102,9 @@ Floats bias_of(const std::optional<Tensor>& bias, int64_t n, ScalarType dtype) {
   return Floats("bias", *bias);
 }
 
-// (tokens, N) of the task's first rows, zeros behind `live`.
-Tensor results(LinearTask& t, const Tensor& like, int64_t tokens, int64_t live) {
-  Tensor out = empty_as(like, std::array{tokens, t.n});
+// The task's first rows into `out` (tokens, N), zeros behind `live`.
+Tensor results(LinearTask& t, Tensor out, int64_t live) {
+  const int64_t tokens = out.size(0);
   t.out = out.data_ptr();
   t.out_stride = t.n;
   run(t, live);
@@ -164,7 +164,7 @@ Tensor ragged_linear(const Tensor& given, const Tensor& weight, std::optional<Te
   const Panels panels(weight, a.size(1), a.scalar_type());
   const Floats shift = bias_of(bias, panels.n, a.scalar_type());
   LinearTask t = task_of(a, panels, shift, gelu);
-  return results(t, a, a.size(0), live);
+  return results(t, empty_as(a, std::array{a.size(0), t.n}), live);
 }
 
 void ragged_linear_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& given, const Tensor& weight,
@@ -227,12 +227,12 @@ Tensor panel_linear(const Tensor& given, const Tensor& weight, const std::option
   const Panels panels(weight, a.size(1), a.scalar_type());
   const Floats shift = bias_of(bias, panels.n, a.scalar_type());
   LinearTask t = task_of(a, panels, shift, gelu);
-  return results(t, a, a.size(0), a.size(0));
+  return results(t, empty_as(a, std::array{a.size(0), t.n}), a.size(0));
 }
 
 Tensor panel_linear_of_norm(const Tensor& given, const std::optional<Tensor>& rows, const Tensor& norm_weight,
                             const Tensor& norm_bias, double eps, const Tensor& weight,
-                            const std::optional<Tensor>& bias, bool gelu) {
+                            const std::optional<Tensor>& bias, bool gelu, Place place) {
   check_dim("x", given, 2, "(R, D)");
   const Tensor x = dense_rows(given);
   check_layer_norm(x, norm_weight, norm_bias);
@@ -250,7 +250,7 @@ Tensor panel_linear_of_norm(const Tensor& given, const std::optional<Tensor>& ro
   t.norm_bias = norm_shift.data();
   t.eps = static_cast<float>(eps);
   const int64_t tokens = rows ? list.size(0) : x.size(0);
-  return results(t, x, tokens, tokens);
+  return results(t, kept_as(place, x, std::array{tokens, t.n}), tokens);
 }
 
 void panel_linear_residual_(Tensor x, const std::optional<Tensor>& rows, const Tensor& given, const Tensor& weight,

@@ -208,9 +208,8 @@ void fill_rest(const Problem& p, const Outputs& o, Scores mode) {
   no_queries(p.cu_k[p.batch], p.total_k);
 }
 
-// The work itself; `like` gives dtype and device of the results.
-Attended attend(const Problem& p, const Tensor& like, double scale, const std::optional<Tensor>& key_bias,
-                int64_t scores) {
+// The work itself, into `out` (Tq, H, dv).
+Attended attend(const Problem& p, Tensor out, double scale, const std::optional<Tensor>& key_bias, int64_t scores) {
   MTVIT_CHECK(scores >= kNone && scores <= kMean, "scores must be 0, 1 or 2, got ", scores);
   const auto mode = static_cast<Scores>(scores);
   Outputs o{};
@@ -223,7 +222,6 @@ Attended attend(const Problem& p, const Tensor& like, double scale, const std::o
     o.bias_token = bias.dim() == 2 ? p.heads : 1;
     o.bias_head = bias.dim() == 2 ? 1 : 0;
   }
-  Tensor out = empty_as(like, std::array{p.total_q, p.heads, p.dv});
   Tensor lse = empty_float32(std::array{p.total_q, p.heads});
   Tensor token_scores = empty_float32(std::array{mode == kNone ? 0 : p.total_k, p.heads});
   o.out = mutable_data<char>(out);
@@ -257,7 +255,7 @@ Attended varlen_attention(const Tensor& queries, const Tensor& keys, const Tenso
       view(q),          view(k),   view(v),   q.size(0), k.size(0),           data<int32_t>(cu_q), data<int32_t>(cu_k),
       cu_q.size(0) - 1, q.size(1), q.size(2), v.size(2), check_dtype("q", q), q.element_size()};
   check_attention_offsets(p.cu_q, p.cu_k, p.batch, p.total_q, p.total_k, max_seqlen_q, max_seqlen_k);
-  return attend(p, q, scale, key_bias, scores);
+  return attend(p, empty_as(q, std::array{p.total_q, p.heads, p.dv}), scale, key_bias, scores);
 }
 
 }  // namespace
@@ -278,7 +276,7 @@ Attended packed_attention(const Tensor& qkv, int64_t heads, const Tensor& cu_seq
                   offsets,           cu.size(0) - 1, heads,   d,           d,           check_dtype("qkv", qkv),
                   qkv.element_size()};
   check_attention_offsets(p.cu_q, p.cu_k, p.batch, p.total_q, p.total_k, max_seqlen, max_seqlen);
-  return attend(p, qkv, scale, std::nullopt, scores);
+  return attend(p, kept_as(Place::attended, qkv, std::array{p.total_q, heads, d}), scale, std::nullopt, scores);
 }
 
 }  // namespace mtvit_ops

@@ -14,6 +14,7 @@ from .._register import in_inference
 from ..nn.block import Block
 from ..nn.half_block import halting_blocks_
 from ..nn.method import Method
+from ..nn.prepared import Prepared
 from ..nn.vision_transformer import VisionTransformer
 from ..ops import HaltingState, initial_halting_state, token_select
 from ..ops.halting_step import HALTING_STEP
@@ -77,13 +78,13 @@ class AViT(Method):
         return tokens, AViTState(halting, halting.cumulative, readout_rows, len(model.blocks))
 
     def run_blocks_(
-        self, blocks: Sequence[Block], tokens: RaggedTokens, state: AViTState
+        self, blocks: Sequence[Block], tokens: RaggedTokens, state: AViTState, prepared: Prepared
     ) -> tuple[RaggedTokens, AViTState] | None:
         config = self.config
         if config.stop_with_class or tokens.rows is not None:
             return None
         gate = float(config.gate_scale), float(config.gate_center), float(config.eps)
-        done = halting_blocks_(blocks, tokens, state.readout_rows, *state.halting, *gate)
+        done = halting_blocks_(blocks, tokens, prepared, state.readout_rows, *state.halting, *gate)
         if done is None:
             return None
         *sums, scores, rows, offsets = done

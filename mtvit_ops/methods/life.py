@@ -58,6 +58,7 @@ class LifeState(NamedTuple):
     """Between two blocks."""
 
     lives: Tensor | None  # (B, N) float32 (float64 for float64), from the base block on
+    images: Tensor | None  # (B + 1,) int32, 0 to B: what a stage's offsets are made of
 
 
 def stage_budgets(num_tokens: int, keep_ratio: float) -> tuple[int, ...]:
@@ -116,12 +117,13 @@ class Life(Method):
             self.weight = nn.Parameter(torch.rand(sizes.embed_dim, sizes.embed_dim))
 
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, LifeState]:
-        return model.embed(images), LifeState(None)
+        return model.embed(images), LifeState(None, None)
 
     def before_block(self, index: int, tokens: RaggedTokens, state: LifeState) -> tuple[RaggedTokens, LifeState]:
         base = self.config.base_block
         if index == base:
-            state = LifeState(self.lives(tokens.x.reshape(tokens.num_images, tokens.max_seqlen, tokens.x.shape[1])))
+            lives = self.lives(tokens.x.reshape(tokens.num_images, tokens.max_seqlen, tokens.x.shape[1]))
+            state = LifeState(lives, torch.arange(tokens.num_images + 1, dtype=torch.int32, device=lives.device))
         if index < base:
             return tokens, state
         assert state.lives is not None
@@ -137,8 +139,8 @@ class Life(Method):
             if rows is None:  # nothing has been dropped yet, so there is no order yet
                 return self._longest_lived(tokens, state.lives, budget), state
             rows = rows.reshape(batch, -1)[:, :budget].reshape(-1) if batch else rows
-            offsets = torch.arange(batch + 1, dtype=torch.int32, device=rows.device) * budget
-            return tokens._replace(rows=rows, cu_seqlens=offsets, max_seqlen=budget), state
+            assert state.images is not None
+            return tokens._replace(rows=rows, cu_seqlens=state.images * budget, max_seqlen=budget), state
         return tokens, state
 
     def quiet_until(self, index: int) -> int:

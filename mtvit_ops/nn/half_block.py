@@ -15,6 +15,7 @@ from .._cpu_linear import linear_dtypes, panel_dtypes
 from .._register import native_operator, native_serves
 from ..ragged import RaggedTokens
 from .linear import PackedLinear
+from .prepared import Prepared
 
 if TYPE_CHECKING:
     from .block import Block
@@ -68,24 +69,24 @@ def block_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor | None:
     return halves.block(x, tokens.rows, offsets, longest, *into, scores, *out_of, *feed_forward, panels)
 
 
-def blocks_(blocks: Sequence[Block], tokens: RaggedTokens) -> bool:
+def blocks_(blocks: Sequence[Block], tokens: RaggedTokens, prepared: Prepared) -> bool:
     """One block after the other; False: it cannot serve here, and nothing was done."""
     halves = _halves_for(tokens.x)
-    given = None if halves is None else _run_arguments(blocks, tokens.x)
+    given = None if halves is None else prepared.arguments(blocks, tokens.x, _run_arguments)
     if halves is None or given is None:
         return False
     halves.blocks(tokens.x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, *given)
     return True
 
 
-def halting_blocks_(blocks: Sequence[Block], tokens: RaggedTokens, *halting: Any) -> Any:
+def halting_blocks_(blocks: Sequence[Block], tokens: RaggedTokens, prepared: Prepared, *halting: Any) -> Any:
     """One block after the other on all tokens, A-ViT's halting step behind each; what the last one gives.
 
     ``halting``: readout rows, the five parts of the state, gate_scale, gate_center and eps. None: it cannot serve here,
     and nothing was done.
     """
     halves = _halves_for(tokens.x)
-    given = None if halves is None else _run_arguments(blocks, tokens.x)
+    given = None if halves is None else prepared.arguments(blocks, tokens.x, _run_arguments)
     if halves is None or given is None:
         return None
     return halves.halting_blocks(tokens.x, tokens.cu_seqlens, tokens.max_seqlen, *given, *halting)

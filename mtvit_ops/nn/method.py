@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ragged import RaggedTokens
 
 if TYPE_CHECKING:
+    from .prepared import Prepared
     from .vision_transformer import VisionTransformer, ViTConfig
 
 _POINTS = ("before_block", "scores_at", "after_attention", "after_block")  # between the embedding and the readout
@@ -77,7 +78,9 @@ class Method(nn.Module):
         """
         return 0 if self.model_config is None else self.model_config.depth
 
-    def run_blocks_(self, blocks: Sequence[Any], tokens: RaggedTokens, state: Any) -> tuple[RaggedTokens, Any] | None:
+    def run_blocks_(
+        self, blocks: Sequence[Any], tokens: RaggedTokens, state: Any, prepared: Prepared
+    ) -> tuple[RaggedTokens, Any] | None:
         """All blocks at once, in place, in inference without a trace; None: they run one by one.
 
         Not asked where a subclass has points of its own.

@@ -17,6 +17,7 @@ from .half_block import blocks_
 from .linear import linear
 from .method import Method
 from .patch_embed import PatchEmbed
+from .prepared import Prepared
 from .trace import Trace, TraceRecorder
 
 
@@ -93,6 +94,7 @@ class VisionTransformer(nn.Module):
         self.apply(_init_linear)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self._prepared = Prepared()
         _check_unattached(method, config)
         method.attach(self)
         method.model_config = config
@@ -146,14 +148,14 @@ class VisionTransformer(nn.Module):
         native = inplace and all(type(block) is Block for block in blocks)
         # blocks between which nobody looks may run as one operator
         informed = method.informed if native and recorder is None and native_serves(tokens.x) else frozenset()
-        done = method.run_blocks_(blocks, tokens, state) if "run_blocks_" in informed else None
+        done = method.run_blocks_(blocks, tokens, state, self._prepared) if "run_blocks_" in informed else None
         if done is not None:
             return first_rows, *done
         index = 0
         while index < len(blocks):
             tokens, state = method.before_block(index, tokens, state)
             until = method.quiet_until(index) if "quiet_until" in informed else index
-            if until > index and blocks_(blocks[index:until], tokens):
+            if until > index and blocks_(blocks[index:until], tokens, self._prepared):
                 index = until
                 continue
             block = blocks[index]

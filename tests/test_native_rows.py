@@ -20,7 +20,13 @@ pytestmark = pytest.mark.skipif(not _extension.has_extension(), reason=str(_exte
 native = torch.ops.mtvit_ops_cpp
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 FORCED = "MTVIT_OPS_ISA" in os.environ  # this run is a child of test_every_instruction_set
-FILES = ("test_native.py", "test_native_rows.py", "test_native_backward.py", "test_tail_predictor.py")
+FILES = (
+    "test_native.py",
+    "test_native_rows.py",
+    "test_native_linear.py",
+    "test_native_backward.py",
+    "test_tail_predictor.py",
+)
 
 
 def assert_as_good(got: Tensor, exact: Tensor, plain: Tensor, ulps: int = 4) -> None:

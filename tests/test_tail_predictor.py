@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtvit_ops import _backend, _extension, create_model
+from mtvit_ops import _backend, _extension, create_model, pack_weights
 from mtvit_ops.methods import _tail_predictor
 from mtvit_ops.methods._tail_predictor import TailPredictor
 from mtvit_ops.testing import assert_close_to_float64
@@ -145,6 +145,8 @@ def test_serves_in_inference_and_steps_aside_elsewhere(monkeypatch: pytest.Monke
         predictor.features[1].eps = 1e-3
         assert not served()
         predictor.features[1].eps = 1e-5
+        assert served()
+        pack_weights(predictor)
         assert served()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from fuzz_draw import REFUSALS, Draw
+from fuzz_draw import DTYPES, REFUSALS, Draw
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,12 +41,18 @@ class Stream(NamedTuple):
     heads: int
 
 
-def draw_layer(draw: Draw, inputs: int, outputs: int) -> Layer:
+def draw_layer(draw: Draw, inputs: int, outputs: int, panels: bool = False) -> Layer:
     weight = draw.tensor(outputs, inputs) * 0.2  # small enough that sums do not leave the dtype
     given = weight
-    packs = weight.dim() == 2 and weight.numel() > 0 and weight.dtype in onednn_dtypes()
-    if packs and draw.random.random() < 0.4:
-        given = torch.ops.mkldnn._reorder_linear_weight(weight)
+    fits = weight.dim() == 2 and weight.dtype in (DTYPES if panels else onednn_dtypes())
+    if fits and draw.random.random() < 0.4:
+        if not panels and weight.numel() > 0:
+            given = torch.ops.mkldnn._reorder_linear_weight(weight)
+        elif panels and weight.shape[0] % native.panel_columns() == 0:
+            given = native.pack_panels(weight)
+    if panels and draw.spoilt():
+        given = draw.tensor(1, inputs, draw.random.choice((native.panel_columns(), 3)))
+        weight = given.transpose(1, 2).flatten(0, 1) if given.dim() == 3 else given  # it may fit
     bias = draw.maybe(lambda: draw.tensor(outputs) * 0.2)
     return Layer(given, None if bias is None else opaque(draw, bias), weight)
 
@@ -66,7 +72,12 @@ def draw_stream(draw: Draw) -> Stream:
 
 
 def draw_hidden(draw: Draw) -> int:
-    return 0 if draw.random.random() < 0.05 else 1 + draw.size(60)
+    return 0 if draw.random.random() < 0.05 else draw.random.choice((1 + draw.size(60), 32, 64))
+
+
+def draw_panels(draw: Draw) -> bool:
+    """Whose linear layers: ours, or oneDNN's."""
+    return draw.random.random() < 0.5
 
 
 def opaque(draw: Draw, t: Tensor) -> Tensor:
@@ -109,37 +120,113 @@ def fed(s: Stream, x: Tensor, norm: Norm, fc1: Layer, fc2: Layer) -> Tensor:
 
 
 def case_feed_forward_half(draw: Draw) -> tuple[Any, Any]:
-    s, hidden = draw_stream(draw), draw_hidden(draw)
+    s, hidden, panels = draw_stream(draw), draw_hidden(draw), draw_panels(draw)
     width = s.x.shape[-1]
-    norm, fc1, fc2 = draw_norm(draw, width), draw_layer(draw, width, hidden), draw_layer(draw, hidden, width)
+    norm, fc1 = draw_norm(draw, width), draw_layer(draw, width, hidden, panels)
+    fc2 = draw_layer(draw, hidden, width, panels)
     before = dense(s.x)
-    in_place(native.feed_forward_half_, s.x, s.rows, *norm, EPS, *fc1[:2], *fc2[:2])
+    in_place(native.feed_forward_half_, s.x, s.rows, *norm, EPS, *fc1[:2], *fc2[:2], panels)
     return s.x, lambda: fed(s, before, norm, fc1, fc2)
 
 
 def case_attention_half(draw: Draw) -> tuple[Any, Any]:
-    s, scores = draw_stream(draw), draw.random.choice((0, 1, 2, 3 if draw.spoilt() else 0))
-    width = s.x.shape[-1]
-    norm, qkv, proj = draw_norm(draw, width), draw_layer(draw, width, 3 * width), draw_layer(draw, width, width)
+    s, panels = draw_stream(draw), draw_panels(draw)
+    scores, width = draw_scores(draw), s.x.shape[-1]
+    norm, qkv = draw_norm(draw, width), draw_layer(draw, width, 3 * width, panels)
+    proj = draw_layer(draw, width, width, panels)
     before = dense(s.x)
     first = s.rows, s.cu_seqlens, s.longest, *norm, EPS, *qkv[:2], s.heads, SCALE, scores, *proj[:2]
-    received = in_place(native.attention_half_, s.x, *first)
+    received = in_place(native.attention_half_, s.x, *first, panels)
     return (s.x, received), lambda: attended(s, before, norm, qkv, proj, scores)
 
 
+class Parts(NamedTuple):
+    """What a block is made of."""
+
+    norm1: Norm
+    qkv: Layer
+    proj: Layer
+    norm2: Norm
+    fc1: Layer
+    fc2: Layer
+
+
+def draw_parts(draw: Draw, width: int, hidden: int, panels: bool) -> Parts:
+    qkv, proj = draw_layer(draw, width, 3 * width, panels), draw_layer(draw, width, width, panels)
+    fc1, fc2 = draw_layer(draw, width, hidden, panels), draw_layer(draw, hidden, width, panels)
+    return Parts(draw_norm(draw, width), qkv, proj, draw_norm(draw, width), fc1, fc2)
+
+
+def draw_scores(draw: Draw) -> int:
+    return draw.random.choice((0, 1, 2, 3 if draw.spoilt() else 0))
+
+
+def block_of(s: Stream, x: Tensor, parts: Parts, scores: int = 0) -> tuple[Tensor, Tensor]:
+    """What a block means."""
+    y, received = attended(s, x, parts.norm1, parts.qkv, parts.proj, scores)
+    return fed(s, y, parts.norm2, parts.fc1, parts.fc2), received
+
+
 def case_block(draw: Draw) -> tuple[Any, Any]:
-    s, hidden = draw_stream(draw), draw_hidden(draw)
-    width = s.x.shape[-1]
-    norm1, qkv, proj = draw_norm(draw, width), draw_layer(draw, width, 3 * width), draw_layer(draw, width, width)
-    norm2, fc1, fc2 = draw_norm(draw, width), draw_layer(draw, width, hidden), draw_layer(draw, hidden, width)
+    s, hidden, panels = draw_stream(draw), draw_hidden(draw), draw_panels(draw)
+    scores, parts = draw_scores(draw), draw_parts(draw, s.x.shape[-1], hidden, panels)
     before = dense(s.x)
-    first = s.rows, s.cu_seqlens, s.longest, *norm1, EPS, *qkv[:2], s.heads, SCALE, *proj[:2]
-    in_place(native.block_, s.x, *first, *norm2, EPS, *fc1[:2], *fc2[:2])
-    return s.x, lambda: fed(s, attended(s, before, norm1, qkv, proj, 0)[0], norm2, fc1, fc2)
+    first = s.rows, s.cu_seqlens, s.longest, *parts.norm1, EPS, *parts.qkv[:2], s.heads, SCALE, scores, *parts.proj[:2]
+    received = in_place(native.block_, s.x, *first, *parts.norm2, EPS, *parts.fc1[:2], *parts.fc2[:2], panels)
+    return (s.x, received), lambda: block_of(s, before, parts, scores)
+
+
+def draw_run(draw: Draw, s: Stream, panels: bool) -> tuple[list[Parts], list[Tensor]]:
+    """Blocks, and their weights as one list; a bias everywhere."""
+    width, hidden = s.x.shape[-1], draw_hidden(draw)
+    run = [draw_parts(draw, width, hidden, panels) for _ in range(draw.random.randint(1, 3))]
+    layers = [
+        part._replace(bias=part.weight.new_zeros(part.weight.shape[:1]) if part.bias is None else part.bias)
+        for parts in run
+        for part in parts
+        if isinstance(part, Layer)
+    ]
+    filled = iter(layers)
+    run = [Parts(*(part if isinstance(part, Norm) else next(filled) for part in parts)) for parts in run]
+    weights = [tensor for parts in run for part in parts for tensor in part[:2]]
+    return run, weights[:-1] if draw.spoilt() else weights
+
+
+def case_blocks(draw: Draw) -> tuple[Any, Any]:
+    s, panels = draw_stream(draw), draw_panels(draw)
+    run, weights = draw_run(draw, s, panels)
+    before = dense(s.x)
+    in_place(native.blocks_, s.x, s.rows, s.cu_seqlens, s.longest, weights, EPS, s.heads, SCALE, panels)
+
+    def expected() -> Tensor:
+        x = before
+        for parts in run:
+            x = block_of(s, x, parts)[0]
+        return x
+
+    return s.x, expected
+
+
+def case_halting_blocks(draw: Draw) -> tuple[Any, Any]:
+    s, panels = draw_stream(draw), draw_panels(draw)
+    cu = draw.offsets(draw.size(4), s.x.shape[0] if s.x.dim() else 0)  # everyone is alive
+    s = s._replace(rows=None, cu_seqlens=cu, longest=draw.longest(cu))
+    _, weights = draw_run(draw, s, panels)
+    num_rows, width = s.x.shape[0] if s.x.dim() else 0, s.x.shape[-1] if s.x.dim() else 0
+    readout = torch.arange(min(draw.size(3), num_rows), dtype=torch.int32)
+    if draw.spoilt():
+        readout = draw.rows(3, num_rows)
+    state = [torch.rand(num_rows) for _ in range(3)]
+    state += [torch.zeros(num_rows, dtype=torch.int32), draw.tensor(len(readout), width, dtype=torch.float32)]
+    first = s.cu_seqlens, s.longest, weights, EPS, s.heads, SCALE, panels, readout, *state
+    in_place(native.halting_blocks_, s.x, *first, 5.0, draw.random.choice((0.0, 5.0, 30.0)), 0.01)
+    return (), None  # blocks and step have tables of their own; here it only must not fail
 
 
 BLOCKS = {
     "attention_half_": case_attention_half,
     "feed_forward_half_": case_feed_forward_half,
     "block_": case_block,
+    "blocks_": case_blocks,
+    "halting_blocks_": case_halting_blocks,
 }

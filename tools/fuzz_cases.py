@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fuzz_blocks import BLOCKS
+from fuzz_blocks import BLOCKS, Layer, dense, draw_layer, draw_panels, in_place
 from fuzz_draw import REFUSALS, Draw
 from fuzz_predictor import case_tail_predictor
 from torch import Tensor
+from torch.nn import functional as F
 
 import mtvit_ops
 from mtvit_ops.reference import (
     gather_layer_norm,
+    ragged_linear,
     ragged_patch_embed,
     scatter_residual,
     token_select,
@@ -151,11 +153,73 @@ def case_ragged_patch_embed(draw: Draw) -> tuple[Any, Any]:
     if draw.spoilt() and batch:
         tails[-1] = draw.random.choice((-1, len(weights), 2**31 - 1))
     args = (images, tails, prefix, weights, biases, tables, strides, paddings)
-    got = native.ragged_patch_embed(*args)
+    got = native.ragged_patch_embed(*args, draw_panels(draw))
     return got, lambda: ragged_patch_embed.ragged_patch_embed(*args)
 
 
+def linear_arguments(draw: Draw) -> tuple[Tensor, Layer, Tensor]:
+    """The left factor, the layer and the offsets of a linear layer over ragged tokens."""
+    outputs = draw.random.choice((draw.size(70), 32, 64))
+    a = draw.tensor(draw.size(), draw.random.choice((draw.size(40), draw.size(600))))
+    features = a.shape[1] if a.dim() > 1 else 1
+    return a, draw_layer(draw, features, outputs, True), draw.offsets(draw.size(4), a.shape[0] if a.dim() else 0)
+
+
+def case_linear(draw: Draw) -> tuple[Any, Any]:
+    a, layer, _ = linear_arguments(draw)
+    gelu = draw.random.random() < 0.5
+
+    def expected() -> Tensor:
+        bias = None if layer.bias is None else dense(layer.bias).float()
+        y = F.linear(a.float(), layer.weight.float(), bias)
+        return (F.gelu(y) if gelu else y).to(a.dtype)
+
+    return native.linear(a, *layer[:2], gelu), expected
+
+
+def case_ragged_linear(draw: Draw) -> tuple[Any, Any]:
+    a, layer, cu = linear_arguments(draw)
+    gelu = draw.random.random() < 0.5
+    got = native.ragged_linear(a, *layer[:2], cu, gelu)
+    return got, lambda: ragged_linear.ragged_linear(a, layer.weight, layer.bias, cu, gelu)
+
+
+def case_ragged_linear_residual(draw: Draw) -> tuple[Any, Any]:
+    a, layer, cu = linear_arguments(draw)
+    tokens, outputs = a.shape[0] if a.dim() else 0, layer.weight.shape[0]
+    num_rows = tokens + draw.size(5)
+    x = draw.tensor(num_rows, outputs, dtype=draw.random.choice((draw.dtype, torch.float32)))
+    rows = draw.maybe(lambda: torch.randperm(num_rows)[:tokens].int() if draw.bad == 0 else draw.rows(tokens, num_rows))
+    scale = draw.maybe(lambda: draw.tensor(outputs) if draw.random.random() < 0.5 else draw.tensor(tokens, 1))
+    before = dense(x)
+    in_place(native.ragged_linear_residual_, x, rows, a, *layer[:2], cu, scale)
+    rest = a, layer.weight, layer.bias, cu, scale
+    return x, lambda: ragged_linear.ragged_linear_residual(before, rows, *rest)
+
+
+def case_lives(draw: Draw) -> tuple[Any, Any]:
+    width, length = draw.size(70), 0 if draw.spoilt() else 1 + draw.size(60)
+    native.lives(draw.tensor(draw.size(3), length, width), draw.tensor(width, width), 0.5, 0.3, 4, 12)
+    return (), None  # divided by how much scores differ, which may be next to nothing
+
+
+def case_evolve_scores(draw: Draw) -> tuple[Any, Any]:
+    num_rows = draw.size()
+    rows = draw.maybe(lambda: draw.rows(draw.size(), num_rows))
+    received = draw.tensor(num_rows if rows is None else len(rows), draw.size(5), dtype=torch.float32)
+    score = draw.tensor(num_rows, dtype=torch.float32)
+    got = native.evolve_scores(received, score, rows, 0.3)
+    live = torch.arange(len(score)) if rows is None else rows.long()
+    sums, known = received.sum(dim=1), live >= 0
+    return got, lambda: score.index_copy(0, live[known], torch.lerp(score[live[known]], sums[known], 0.3))
+
+
 CASES = {
+    "linear": case_linear,
+    "ragged_linear": case_ragged_linear,
+    "ragged_linear_residual_": case_ragged_linear_residual,
+    "lives": case_lives,
+    "evolve_scores": case_evolve_scores,
     "tail_predictor": case_tail_predictor,
     "ragged_patch_embed": case_ragged_patch_embed,
     "varlen_attention": case_varlen_attention,

@@ -65,6 +65,7 @@ Halted halting_blocks_(Tensor x, const Tensor& cu_seqlens, int64_t max_seqlen, c
                        const Tensor& output, double gate_scale, double gate_center, double halt_eps) {
   const Blocks blocks{weights, eps, scale, heads, panels};
   blocks.check(x, std::nullopt);
+  check_halting(x, readout_rows, cumulative, remainder, ponder, counters, output);
   MTVIT_CHECK(blocks.count() > 0, "weights must be those of at least one block");
   Halted step{cumulative, remainder, ponder, counters, output, cumulative, readout_rows, cu_seqlens};
   std::optional<Tensor> rows;

@@ -25,11 +25,9 @@ struct Gate {
   bool last;
 };
 
-// A float32 or int32 copy of a state vector, to be updated.
-Tensor state_copy(const char* name, const Tensor& t, int64_t length, ScalarType type) {
+void check_state(const char* name, const Tensor& t, int64_t length, ScalarType type) {
   check_length(name, t, length);
   MTVIT_CHECK(t.scalar_type() == type, name, " must be ", type == ScalarType::Int ? "int32" : "float32");
-  return copy_of<1>(t);
 }
 
 struct State {
@@ -84,6 +82,22 @@ void run(const Gate& gate, const State& s, const Tensor& x, const int32_t* rows,
 
 }  // namespace
 
+void check_halting(const Tensor& x, const Tensor& readout_rows, const Tensor& cumulative, const Tensor& remainder,
+                   const Tensor& ponder, const Tensor& counters, const Tensor& output) {
+  const int64_t num_rows = x.size(0), d = x.size(1);
+  MTVIT_CHECK(d >= 1, "x must have at least one channel, got ", shape_of(x));
+  const Tensor readout = int32_vector("readout_rows", readout_rows);
+  const int64_t num_readout = readout.size(0);
+  check_rows(data<int32_t>(readout), num_readout, num_rows, "readout_rows", 0);
+  check_state("cumulative", cumulative, num_rows, ScalarType::Float);
+  check_state("remainder", remainder, num_rows, ScalarType::Float);
+  check_state("ponder", ponder, num_rows, ScalarType::Float);
+  check_state("counters", counters, num_rows, ScalarType::Int);
+  check_dim("output", output, 2, "(P, D)");
+  MTVIT_CHECK(output.size(0) == num_readout && output.size(1) == d && output.scalar_type() == ScalarType::Float,
+              "output must be float32 of shape (", num_readout, ", ", d, "), got ", shape_of(output));
+}
+
 Halted halting_step(const Tensor& tokens, std::optional<Tensor> rows, const Tensor& cu_seqlens,
                     const Tensor& readout_rows, const Tensor& cumulative, const Tensor& remainder, const Tensor& ponder,
                     const Tensor& counters, const Tensor& output, double gate_scale, double gate_center, double eps,
@@ -93,7 +107,6 @@ Halted halting_step(const Tensor& tokens, std::optional<Tensor> rows, const Tens
   const Tensor x = tokens.size(1) <= 1 || tokens.stride(1) == 1 ? tokens : as_contiguous(tokens);
   const Dtype dtype = check_dtype("x", x);
   const int64_t num_rows = x.size(0), d = x.size(1);
-  MTVIT_CHECK(d >= 1, "x must have at least one channel, got ", shape_of(x));
   const Tensor cu = cu_seqlens_vector("cu_seqlens", cu_seqlens);
   const Tensor readout = int32_vector("readout_rows", readout_rows);
   const int64_t batch = cu.size(0) - 1, num_readout = readout.size(0);
@@ -102,18 +115,15 @@ Halted halting_step(const Tensor& tokens, std::optional<Tensor> rows, const Tens
     list = int32_vector("rows", *rows);
     check_rows(data<int32_t>(list), list.size(0), num_rows);
   }
-  check_rows(data<int32_t>(readout), num_readout, num_rows, "readout_rows", 0);
   const int64_t count = rows ? list.size(0) : num_rows;
   const auto* offsets = data<int32_t>(cu);
   check_cu_seqlens("cu_seqlens", offsets, batch, count);
-  check_dim("output", output, 2, "(P, D)");
-  MTVIT_CHECK(output.size(0) == num_readout && output.size(1) == d && output.scalar_type() == ScalarType::Float,
-              "output must be float32 of shape (", num_readout, ", ", d, "), got ", shape_of(output));
+  check_halting(x, readout, cumulative, remainder, ponder, counters, output);
 
-  Tensor new_cumulative = state_copy("cumulative", cumulative, num_rows, ScalarType::Float);
-  Tensor new_remainder = state_copy("remainder", remainder, num_rows, ScalarType::Float);
-  Tensor new_ponder = state_copy("ponder", ponder, num_rows, ScalarType::Float);
-  Tensor new_counters = state_copy("counters", counters, num_rows, ScalarType::Int);
+  Tensor new_cumulative = copy_of<1>(cumulative);
+  Tensor new_remainder = copy_of<1>(remainder);
+  Tensor new_ponder = copy_of<1>(ponder);
+  Tensor new_counters = copy_of<1>(counters);
   Tensor new_output = copy_of<2>(output);
   Tensor score = empty_float32(std::array{num_rows});
   Tensor next = empty_int32(std::array{count});

@@ -27,6 +27,10 @@ Halted halting_step(const Tensor& tokens, std::optional<Tensor> rows, const Tens
                     const Tensor& counters, const Tensor& output, double gate_scale, double gate_center, double eps,
                     bool last);
 
+// What it asks of readout rows and state.
+void check_halting(const Tensor& x, const Tensor& readout_rows, const Tensor& cumulative, const Tensor& remainder,
+                   const Tensor& ponder, const Tensor& counters, const Tensor& output);
+
 // Both halves of a block in place; returns the scores asked for.
 Tensor block_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
               const Tensor& norm1_weight, const Tensor& norm1_bias, double norm1_eps, const Tensor& qkv_weight,

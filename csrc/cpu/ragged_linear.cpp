@@ -283,6 +283,11 @@ STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
   m.impl("pack_panels", TORCH_BOX(&mtvit_ops::pack_panels));
 }
 
+// to refuse oneDNN's own weights in words
+STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, MkldnnCPU, m) {
+  m.impl("linear", TORCH_BOX(&mtvit_ops::linear));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CompositeExplicitAutograd, m) {
   m.impl("panel_columns", TORCH_BOX(&mtvit_ops::panel_columns));
 }

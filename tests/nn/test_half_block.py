@@ -15,6 +15,7 @@ from mtvit_ops import _backend, pack_weights
 from mtvit_ops._cpu_linear import linear_dtypes, panel_dtypes
 from mtvit_ops.methods import AViT, Dense, EvoViT
 from mtvit_ops.nn import Block, half_block
+from mtvit_ops.nn.prepared import Prepared
 from mtvit_ops.ops.varlen_attention import SCORES
 from mtvit_ops.ragged import RaggedTokens
 from mtvit_ops.testing import assert_equal, offsets
@@ -290,3 +291,89 @@ def test_only_weights_of_linear_layers_may_be_packed(which: str) -> None:
             *(given[0], None, given[1], block.norm2.bias, 1e-6),
             *(block.mlp.fc1.weight, block.mlp.fc1.bias, block.mlp.fc2.weight, block.mlp.fc2.bias),
         )
+
+
+def test_a_run_of_blocks_refuses_before_it_writes() -> None:
+    blocks, tokens = [make_block(), make_block(), changed(MISFITS["fc2"][0])], make_tokens()
+    before = tokens.x.clone()
+    with pytest.raises(RuntimeError, match=MISFITS["fc2"][1]):
+        half_block.blocks_(blocks, tokens, Prepared())
+    assert_equal("x after the refusal", tokens.x, before)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_is_its_blocks(case: str, dtype: torch.dtype, packed: bool) -> None:
+    blocks, tokens = [make_block(dtype, packed) for _ in range(3)], make_tokens(case, dtype)
+    run, single = copied(tokens), copied(tokens)
+    assert half_block.blocks_(blocks, run, Prepared()) == (dtype in linear_dtypes())
+    for block in blocks:
+        block.run_(single)
+    assert_equal("x", run.x, single.x)
+
+
+CHANGES = {
+    "weight in place": lambda block: block.mlp.fc1.weight.mul_(2),
+    "weight moved": lambda block: setattr(block.mlp.fc1.weight, "data", block.mlp.fc1.weight * 2),
+    "weight replaced": lambda block: setattr(block.mlp.fc2, "weight", nn.Parameter(block.mlp.fc2.weight * 2)),
+    "bias in place": lambda block: block.attn.proj.bias.add_(1),
+    "bias replaced": lambda block: setattr(block.attn.qkv, "bias", nn.Parameter(block.attn.qkv.bias + 1)),
+    "norm in place": lambda block: block.norm1.weight.mul_(3),
+    "layer replaced": lambda block: setattr(block.attn, "qkv", make_block().attn.qkv),
+    "part replaced": lambda block: setattr(block, "mlp", make_block().mlp),
+    "eps": lambda block: (setattr(block.norm1, "eps", 0.5), setattr(block.norm2, "eps", 0.5)),
+    "scale": lambda block: setattr(block.attn, "scale", 0.9),
+    "heads": lambda block: setattr(block.attn, "num_heads", 2),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_kept_follows_changes(change, packed: bool) -> None:
+    block, prepared = make_block(packed=packed), Prepared()
+    assert half_block.blocks_([block], make_tokens(), prepared)  # is kept by now
+    change(block)
+    tokens = make_tokens()
+    kept, anew = copied(tokens), copied(tokens)
+    assert half_block.blocks_([block], kept, prepared)
+    assert half_block.blocks_([block], anew, Prepared())
+    assert_equal("x", kept.x, anew.x)
+
+
+@pytest.mark.parametrize("change", ["hook", "forward", "dtype"])
+def test_what_is_kept_steps_aside(change: str) -> None:
+    block, prepared, tokens = make_block(packed=True), Prepared(), make_tokens()
+    assert half_block.blocks_([block], copied(tokens), prepared)
+    if change == "hook":
+        block.norm2.register_forward_pre_hook(lambda *_: None)
+    elif change == "forward":
+        block.attn.forward = lambda *_: None
+    else:
+        block.to(torch.bfloat16)
+    assert not half_block.blocks_([block], copied(tokens), prepared)
+
+
+def test_a_model_with_kept_arguments_can_be_copied_and_stored(tmp_path) -> None:
+    model = pack_weights(mtvit_ops.create_model("vit_tiny_patch16_224", img_size=64, depth=2).eval())
+    images = torch.randn(1, 3, 64, 64)
+    expected = model(images)
+    assert model._prepared._kept
+    twin = copy.deepcopy(model)
+    assert not twin._prepared._kept
+    assert_equal("logits of the copy", twin(images), expected)
+    model.blocks[0].mlp.fc1.weight.mul_(2)
+    assert_equal("logits of the copy after a change", twin(images), expected)
+    torch.save(twin, tmp_path / "model.pt")
+    assert_equal("logits of the file", torch.load(tmp_path / "model.pt", weights_only=False)(images), expected)
+
+
+def test_inference_tensors_are_not_kept() -> None:
+    with torch.inference_mode():
+        block, prepared, tokens = make_block(), Prepared(), make_tokens()
+        assert half_block.blocks_([block], copied(tokens), prepared)
+        block.mlp.fc1.weight.mul_(2)  # no version tells
+        kept, anew = copied(tokens), copied(tokens)
+        half_block.blocks_([block], kept, prepared)
+        half_block.blocks_([block], anew, Prepared())
+    assert_equal("x", kept.x, anew.x)

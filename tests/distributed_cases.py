@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,15 @@ from mtvit_ops.train.evaluation import evaluate
 from mtvit_ops.train.fit import train
 from mtvit_ops.train.recipe import Recipe
 from mtvit_ops.weights import ModelInfo, save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 MIX = {"mix.mixup": 0.8, "mix.cutmix": 1.0}
 NO_MIX = {"mix": {}, "loss.label_smoothing": 0.1}
@@ -51,6 +62,29 @@ OWN_DRAWS: dict[str, dict[str, Any]] = {
 }
 if find_spec("kornia") is not None:
     OWN_DRAWS["views on the device"] = {**NO_MIX, "data.augment_on": "device"}
+
+
+def launch_two(script: str, data: Path, out: Path) -> None:
+    """Run a file of this folder in two processes."""
+    command = [*LAUNCH, str(ROOT / "tests" / script), str(data), str(out)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def rounding(step: int) -> float:
+    """What two processes may differ by from one: a mean over 4 images in two halves, of losses that each took some ten
+    roundings, and weights that carry one more in every step before."""
+    return (8 + 2 * step) * torch.finfo(torch.float32).eps
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any], step: int) -> None:
+    """Two records, to rounding."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, float):
+            assert abs(value - other[name]) <= rounding(step) * max(1.0, abs(value)), (name, step, value, other[name])
+        else:
+            assert value == other[name], (name, step)
 
 
 def run_case(name: str, data: Path, out: Path) -> dict[str, Any]:

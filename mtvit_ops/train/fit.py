@@ -100,7 +100,7 @@ def train(
     if reset_head and start is None:
         raise ValueError("reset_head must be False without start: there is no classifier to leave out, got True")
     check_teacher(teacher, recipe.teacher)
-    processes = Processes(recipe.run.precision, device)
+    processes = Processes(recipe.run.precision, device, recipe.run.sharding)
     progress = progress if progress is not None and processes.is_first else Progress()
     with _own_generators(), stop_requests() as request:
         state = find_state(out, recipe, resume)
@@ -162,30 +162,40 @@ class _Run:
         self.plan: Plan = make_plan(model, recipe.plan)
         self.plan.start(model, recipe.loss)
         loss_of(model, recipe.loss)  # a wrong weight is told now, not at the first step
-        self.average = Average(model, options.ema_decay) if options.ema_decay else None
+        sharded = processes.weights.sharded
+        self.average = Average(model, options.ema_decay, sharded=sharded) if options.ema_decay else None
         self.device_views = DeviceViews(recipe.augment) if recipe.data.augment_on == "device" else None
         self.mixing = Mixing(recipe.mix, len(train_set.classes)) if recipe.mix.mixes else None
         self.teacher = None
         if teacher is not None:
             self.teacher = Teacher(teacher, recipe.teacher, train_set.classes, model.config.img_size, processes.device)
-        optimiser = make_optimiser(model, options, self.plan)
+        if state is not None:
+            self._restore(state)  # while tensors are whole
         learner = checkpointed_twin(model) if recipe.run.checkpointing else model
         if recipe.regularise.drop_path:
             learner = drop_path_twin(learner, recipe.regularise.drop_path)
-        self.objective, self.optimiser = processes.prepare(_Objective(learner), optimiser)
+        self.objective = processes.prepare(_Objective(learner))
+        if self.average is not None:
+            processes.weights.shard_(self.average.holder)
+        optimiser = make_optimiser(model, options, self.plan)
+        self.optimiser = processes.prepare_optimiser(optimiser)
         self.schedule = Schedule(optimiser, options, self.order.steps)
+        if state is not None:
+            processes.weights.restore_optimiser(self.optimiser, state.optimiser)
         self.total = options.epochs * self.order.steps
-        self.step, self.best, self.seconds = 0, None if state is None else state.best, 0.0
-        self.sums: dict[str, float] = {}
+        self.step = 0 if state is None else state.step
+        self.best = None if state is None else state.best
+        self.seconds = 0.0 if state is None else state.seconds
+        self.sums: dict[str, float] = {} if state is None else dict(state.sums)
         self.score: Score | None = None
         self.told = 0  # problems of the images so far
-        if state is not None:
-            self._restore(state)
         self._since = time.monotonic()
 
     def go(self, journal: Journal, request: StopRequest) -> TrainResult:
         if self.step:
             journal.say(f"going on after step {self.step} of {self.total}")
+        if self.recipe.run.sharding != "none" and not self.processes.weights.sharded:
+            journal.say("one process holds all weights: there is nothing to shard")
         self._tell_problems(journal)
         while self.step < self.total:
             epoch, first = divmod(self.step, self.order.steps)
@@ -193,7 +203,8 @@ class _Run:
         if self.score is None:  # the run had ended before
             self.score = self._evaluate()
         assert self.best is not None
-        return TrainResult(self._judged.eval(), self.score, self.best, self.step, self._elapsed())
+        model = self.processes.weights.release(self._holder, self._judged).eval()
+        return TrainResult(model, self.score, self.best, self.step, self._elapsed())
 
     def _train_epoch(self, epoch: int, first: int, journal: Journal, request: StopRequest) -> None:
         run = self.recipe.run
@@ -265,8 +276,10 @@ class _Run:
 
     def _check_weights(self) -> None:
         """A finite loss does not promise a finite update; what is saved must be good to go on from."""
-        weights = [value for value in self.model.state_dict().values() if value.is_floating_point()]
-        if not bool(torch.stack([value.isfinite().all() for value in weights]).all()):
+        held = map(self.processes.weights.held, self.model.state_dict().values())
+        weights = [value for value in held if value.is_floating_point()]
+        finite = bool(torch.stack([value.isfinite().all() for value in weights]).all())
+        if self.processes.any(not finite):
             raise self._no_number(f"no finite number after step {self.step}: weights")
 
     def _no_number(self, what: str) -> TrainError:
@@ -296,8 +309,9 @@ class _Run:
         self.best = found.top1 if self.best is None else max(self.best, found.top1)
         self._tell_problems(journal)
         # before the state, which remembers the best score: a kill in between writes this file again
+        weights = self.processes.weights.gather(self._judged.state_dict())
         for name in (BEST, LAST) if better else (LAST,):
-            self.processes.first_does(partial(self._export, self.out / name))
+            self.processes.first_does(partial(self._export, self.out / name, weights))
 
     def _tell_problems(self, journal: Journal) -> None:
         """Name the images that could not be used, each once."""
@@ -324,13 +338,19 @@ class _Run:
             processes.world_size,
         )
         dtype = torch.bfloat16 if recipe.run.precision == "bfloat16" else None
-        return score(model, loader, autocast=dtype, distributed=processes.world_size > 1)
+        with processes.weights.whole(self._holder):
+            return score(model, loader, autocast=dtype, distributed=processes.world_size > 1)
 
     @property
     def _judged(self) -> VisionTransformer:
         return self.model if self.average is None else self.average.model
 
-    def _export(self, path: Path) -> None:
+    @property
+    def _holder(self) -> nn.Module:
+        """What was cut into shards with ``_judged`` in it."""
+        return self.objective if self.average is None else self.average.holder
+
+    def _export(self, path: Path, weights: Mapping[str, Tensor]) -> None:
         assert self.score is not None
         facts = {
             "step": self.step,
@@ -342,7 +362,7 @@ class _Run:
         options = {**self.recipe.model, **self._method(), "num_classes": len(self.train_set.classes)}
         info = ModelInfo(options, self.train_set.classes, self.recipe.augment.crop_pct, facts)
         try:
-            save_model(path, self._judged.state_dict(), info)
+            save_model(path, weights, info)
         except OSError as error:
             raise TrainError(f"cannot write {path}: {error}; the last saved state is intact") from error
 
@@ -351,13 +371,14 @@ class _Run:
 
     def _save(self) -> None:
         self._check_weights()
+        weights = self.processes.weights
         state = TrainState(
             recipe=self.recipe.to_dict(),
             step=self.step,
             best=self.best,
-            model=self.model.state_dict(),
-            optimiser=self.optimiser.state_dict(),
-            average=None if self.average is None else self.average.model.state_dict(),
+            model=weights.gather(self.model.state_dict()),
+            optimiser=weights.gather_optimiser(self.optimiser),
+            average=None if self.average is None else weights.gather(self.average.model.state_dict()),
             sums=self.sums,
             classes=list(self.train_set.classes),
             images=describe_images(self.train_set),
@@ -368,6 +389,7 @@ class _Run:
         self.processes.first_does(lambda: save_state(self.out / STATE, state))
 
     def _restore(self, state: TrainState) -> None:
+        """Check that the state is of this run, and load the weights."""
         if tuple(state.classes) != self.train_set.classes:
             raise TrainError(f"the state's classes are {', '.join(state.classes)}, the data has others")
         images = describe_images(self.train_set)
@@ -382,10 +404,8 @@ class _Run:
             model.method.config = dataclasses.replace(model.method.config, **state.method)
             model.method.attach(model)
         self.model.load_state_dict(state.model)
-        self.optimiser.load_state_dict(state.optimiser)
         if self.average is not None and state.average is not None:
             self.average.model.load_state_dict(state.average)
-        self.step, self.sums, self.seconds = state.step, dict(state.sums), state.seconds
 
     def _stop(self, journal: Journal, request: StopRequest, *, saved: bool = False) -> None:
         if not saved:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._timm import import_timm
 from ..nn import VisionTransformer
@@ -85,14 +85,21 @@ class Average:
     Args:
         model: what is averaged; its copy is ``model`` here.
         decay: (0, 1), reached from below in the first steps.
+        sharded: whether model and average will be shards when they meet; their buffers are none.
     """
 
-    def __init__(self, model: VisionTransformer, decay: float) -> None:
+    def __init__(self, model: VisionTransformer, decay: float, *, sharded: bool = False) -> None:
         import_timm()
         from timm.utils import ModelEmaV3
 
-        self._ema = ModelEmaV3(model, decay=decay, use_warmup=True)
+        # one by one: no list may hold shards and whole tensors
+        self._ema = ModelEmaV3(model, decay=decay, use_warmup=True, foreach=not sharded)
         self._ema.module.requires_grad_(False)
+
+    @property
+    def holder(self) -> nn.Module:
+        """What holds ``model`` and nothing else: to be cut into shards in its place, which would change its class."""
+        return self._ema
 
     @property
     def model(self) -> VisionTransformer:

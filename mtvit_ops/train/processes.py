@@ -1,4 +1,4 @@
-"""The processes and the device of a training; Hugging Face Accelerate does the work."""
+"""The processes and the device of a training; Hugging Face Accelerate does the work, all but the sharding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._weights import Weights
 from .state import TrainError
 
 
@@ -23,13 +24,14 @@ class Processes:
     Args:
         precision: ``"float32"`` or ``"bfloat16"``.
         device: ``"cpu"``, or None: what Accelerate finds.
+        sharding: ``"none"``: every process holds everything; ``"full"``: each holds a share, if there are several.
 
     Raises:
         ImportError: Accelerate is not installed.
         ValueError: another device.
     """
 
-    def __init__(self, precision: str, device: str | None = None) -> None:
+    def __init__(self, precision: str, device: str | None = None, sharding: str = "none") -> None:
         if device not in (None, "cpu"):
             raise ValueError(f"device must be 'cpu' or None (what Accelerate finds), got {device!r}")
         try:
@@ -46,6 +48,11 @@ class Processes:
         self._accelerator = Accelerator(
             cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision=mixed, kwargs_handlers=[unused]
         )
+        self.weights = Weights()
+        if sharding == "full" and self.world_size > 1:
+            from ._sharding import ShardedWeights  # not part of every PyTorch
+
+            self.weights = ShardedWeights(self.device, self.is_first)
 
     @property
     def device(self) -> torch.device:
@@ -63,9 +70,14 @@ class Processes:
     def is_first(self) -> bool:
         return self._accelerator.is_main_process
 
-    def prepare(self, module: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """The module, shared by all processes if there are several, and its optimiser."""
-        return self._accelerator.prepare(module, optimiser)
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The module, shared by all processes if there are several; an optimiser of its parameters is made after it."""
+        return self.weights.shard_(module) if self.weights.sharded else self._accelerator.prepare(module)
+
+    def prepare_optimiser(self, optimiser: torch.optim.Optimizer) -> Any:
+        """The optimiser of a prepared module."""
+        self.weights.start_optimiser(optimiser)
+        return self._accelerator.prepare(optimiser)
 
     def autocast(self) -> Any:
         return self._accelerator.autocast()

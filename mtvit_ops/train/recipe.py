@@ -22,6 +22,8 @@ else:
 T = TypeVar("T")
 
 PRECISIONS = ("float32", "bfloat16")
+SHARDINGS = ("none", "full")
+SHARDED_OPTIMISERS = ("adam", "adamw", "momentum", "sgd")  # each value by itself: a shard's are those of the whole
 
 
 class RecipeError(ValueError):
@@ -162,6 +164,10 @@ class RunOptions:
         seed: of weights, order, augmentation and every other draw, in [0, 2**63).
         precision: ``"float32"``, or ``"bfloat16"`` under autocast.
         checkpointing: keep less for the gradient, and compute blocks twice.
+        sharding: of several processes. ``"none"``: each holds all weights; ``"full"``: between steps each holds a share
+            of weights, moving average and the optimiser's state, for ``optimiser.name`` adam, adamw, momentum or sgd;
+            the numbers are the same to rounding. Changes nothing where one process is alone. A run may go on with the
+            other one.
         save_steps: steps between saves within an epoch, >= 0; 0: save after each epoch only.
         log_steps: steps between lines of the log, >= 1.
         eval_batch: images evaluated at once in a process, >= 1.
@@ -171,6 +177,7 @@ class RunOptions:
     seed: int = 0
     precision: str = "float32"
     checkpointing: bool = False
+    sharding: str = "none"
     save_steps: int = 0
     log_steps: int = 10
     eval_batch: int = 64
@@ -180,6 +187,7 @@ class RunOptions:
         check_count("seed", self.seed, 0, 2**63 - 1)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("checkpointing", self.checkpointing, (True, False))
+        check_choice("sharding", self.sharding, SHARDINGS)
         check_count("save_steps", self.save_steps, 0)
         check_count("log_steps", self.log_steps, 1)
         check_count("eval_batch", self.eval_batch, 1)
@@ -216,6 +224,11 @@ class Recipe:
         if self.mix.mixes and self.optimiser.batch_size % 2:
             raise ValueError(
                 f"batch_size must be even where images are mixed in pairs, got {self.optimiser.batch_size}"
+            )
+        if self.run.sharding == "full" and self.optimiser.name not in SHARDED_OPTIMISERS:
+            raise ValueError(
+                f"optimiser.name must be one of {', '.join(SHARDED_OPTIMISERS)} where run.sharding is 'full', got"
+                f" {self.optimiser.name!r}"
             )
 
     def to_dict(self) -> dict[str, Any]:

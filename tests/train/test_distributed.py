@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from distributed_cases import CASES, OWN_DRAWS, run_case
+from distributed_cases import CASES, ENVIRONMENT, LAUNCH, OWN_DRAWS, assert_close, launch_two, run_case
 from torch.distributed.run import get_args_parser
 from train_cases import CLASSES, RECIPE, STEPS, VAL_IMAGES, StopsAt, make_data, make_recipe, records, write_recipe
 
@@ -24,15 +21,6 @@ from mtvit_ops.train.evaluation import evaluate
 from mtvit_ops.train.fit import StoppedError, train
 from mtvit_ops.train.state import load_state
 from mtvit_ops.weights import load_model
-
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 
@@ -46,27 +34,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of all cases."""
     out = tmp_path_factory.mktemp("two")
-    done = subprocess.run(
-        [*LAUNCH, str(ROOT / "tests" / "distributed_cases.py"), str(data), str(out)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch_two("distributed_cases.py", data, out)
     return out
-
-
-def assert_close(one: dict[str, Any], other: dict[str, Any], step: int) -> None:
-    """To rounding: a mean over 4 images in two halves, of losses that each took some ten roundings, and weights that
-    carry one more in every step before."""
-    assert one.keys() == other.keys()
-    tolerance = (8 + 2 * step) * torch.finfo(torch.float32).eps
-    for name, value in one.items():
-        if isinstance(value, float):
-            assert abs(value - other[name]) <= tolerance * max(1.0, abs(value)), (name, step, value, other[name])
-        else:
-            assert value == other[name], (name, step)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -88,6 +88,11 @@ def test_changes_win_and_leave_their_source_alone(tmp_path: Path) -> None:
         ({"run.seed": 2**63}, "seed must be in"),
         ({"run.precision": "float16"}, "precision must be one of 'float32', 'bfloat16', got 'float16'"),
         ({"run.checkpointing": "yes"}, "checkpointing must be one of True, False, got 'yes'"),
+        ({"run.sharding": "half"}, "sharding must be one of 'none', 'full', got 'half'"),
+        (
+            {"run.sharding": "full", "optimiser.name": "lamb"},
+            "optimiser.name must be one of adam, adamw, momentum, sgd where run.sharding is 'full', got 'lamb'",
+        ),
         ({"run.log_steps": 0}, "log_steps must be >= 1, got 0"),
         ({"data.workers": -1}, "workers must be >= 0, got -1"),
         ({"data.cache": "always"}, "cache must be one of 'auto', True, False, got 'always'"),

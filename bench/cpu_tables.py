@@ -1,4 +1,4 @@
-"""The CPU results as Markdown: what was promised and reached, then models, attention and small ops."""
+"""The CPU results as Markdown: what was promised and reached, then models, attention, linear layers and small ops."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _of(table: str, rows: list[Row]) -> list[Row]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Markdown: conditions, targets, then a table each for models, attention and ops."""
+    """Markdown: conditions, targets, then a table each for models, attention, linear layers and ops."""
     facts, rows = result["machine"], result["rows"]
     threads = sorted({row["threads"] for row in rows})
     commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))
@@ -106,6 +106,8 @@ def tables(result: dict[str, Any]) -> str:
         lines += model_table([row for row in _of("models", rows) if row["threads"] == count], count)
     for count in threads:
         lines += attention_table([row for row in _of("attention", rows) if row["threads"] == count], count)
+    for count in threads:
+        lines += linear_table([row for row in _of("linear", rows) if row["threads"] == count], count)
     for count in threads:
         lines += op_table([row for row in _of("ops", rows) if row["threads"] == count], count)
     return "\n".join(lines)
@@ -156,6 +158,30 @@ def attention_table(rows: list[Row], threads: int) -> list[str]:
         lines.append(
             f"| {row['dtype']} | {row['tokens']} | {row['batch']} | {times['SDPA loop'][0]:.3f} |"
             f" {times['varlen_attention'][0]:.3f} | **{slower['SDPA loop']:.2f}x** | {extra[0]} | {extra[1]} |"
+        )
+    return [*lines, ""]
+
+
+def linear_table(rows: list[Row], threads: int) -> list[str]:
+    """Ours against PyTorch's two."""
+    if not rows:
+        return []
+    lines = [
+        f"### Linear layers of DeiT-S, {_threads(threads)}",
+        "",
+        "Milliseconds; the speed-up is that of ours with packed weights over oneDNN's with packed weights, or over"
+        " `F.linear` where oneDNN does not take the dtype on this CPU. fc1 with its GELU.",
+        "",
+        "| dtype | layer | tokens | F.linear | oneDNN, packed | ours | ours, packed | speed-up |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times, slower = row["milliseconds"], row["times_slower_than_subject"]
+        cells = [f"{times[name][0]:.3f}" if name in times else "" for name in ("F.linear", "oneDNN, packed", "ours")]
+        over = slower.get("oneDNN, packed", slower["F.linear"])
+        lines.append(
+            f"| {row['dtype']} | {row['op']} | {row['tokens']} | {' | '.join(cells)} | {times['ours, packed'][0]:.3f} |"
+            f" {over:.2f}x |"
         )
     return [*lines, ""]
 

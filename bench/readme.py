@@ -25,8 +25,8 @@ def fill(readme: str) -> str:
 
 
 def bench_tables() -> str:
-    """Conditions, models and attention; the small ops stay in the file."""
-    return (RESULTS / "cpu.md").read_text().split("### Small ops")[0].rstrip()
+    """Conditions, models and attention; linear layers and small ops stay in the file."""
+    return (RESULTS / "cpu.md").read_text().split("### Linear layers")[0].rstrip()
 
 
 if __name__ == "__main__":

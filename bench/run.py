@@ -27,6 +27,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="pytest -k expression: a part, the rest stays as it is")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu", help="folder of cpu.json and cpu.md")
     options = parser.parse_args()
+    before = None  # with --only the rest stays as it was measured
+    if options.only and (options.out / "cpu.json").is_file():
+        before = json.loads((options.out / "cpu.json").read_text())
+        here, there = ((facts["cpu"], facts["isa"]) for facts in (machine(), before["machine"]))
+        if here != there and not options.smoke:
+            parser.error(f"--only needs an --out of this CPU, {here}, got one of {there}")
     rows = []
     for threads in options.threads:
         measured = run(options, threads)
@@ -35,9 +41,8 @@ def main() -> int:
         rows += measured
     facts = machine()
     rows = [{**row, "commit": facts["commit"]} for row in rows]
-    if options.only and (options.out / "cpu.json").is_file():  # the rest stays as it was measured
-        before = json.loads((options.out / "cpu.json").read_text())["rows"]
-        rows = list({identity(row): row for row in (*before, *rows)}.values())
+    if before is not None:
+        rows = list({identity(row): row for row in (*before["rows"], *rows)}.values())
     result = {"schema": 2, "machine": facts, "rows": rows}
     text = tables(result)
     print(text)

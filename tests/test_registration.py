@@ -197,7 +197,9 @@ def test_native_ops_take_the_same_arguments(namespace: str, some: set[str]) -> N
         wanted = [
             argument for argument in signature(ours[name]) if name != "token_select" or argument[0] != "max_seqlen"
         ]
-        assert signature(native[name]) == wanted, name
+        # of the native one's, all but the choice of who multiplies
+        got = [argument for argument in signature(native[name]) if argument[0] != "panels"]
+        assert got == wanted, name
         assert [str(value.type) for value in native[name].returns] == [str(value.type) for value in ours[name].returns]
 
 

@@ -74,8 +74,8 @@ void check_block(const Tensor& x, const std::optional<Tensor>& rows, const Tenso
   const ScalarType dtype = x.scalar_type();
   check_layer_norm(x, norm1_weight, norm1_bias);
   const int64_t width = check_layer(panels, tokens, d, dtype, qkv_weight, qkv_bias);
-  MTVIT_CHECK(heads > 0 && width % (3 * heads) == 0, "the first weight must have shape (3 * ", heads, " * d, ", d,
-              "), got ", width, " rows");
+  MTVIT_CHECK(heads > 0 && width % 3 == 0 && width / 3 % heads == 0, "the first weight must have shape (3 * ", heads,
+              " * d, ", d, "), got ", width, " rows");
   MTVIT_CHECK(check_layer(panels, tokens, width / 3, dtype, proj_weight, proj_bias) == d,
               "the attention's last weight must have shape (", d, ", ", width / 3, "), got ", shape_of(proj_weight));
   check_layer_norm(x, norm2_weight, norm2_bias);

@@ -106,7 +106,7 @@ Halted halting_step(const Tensor& tokens, std::optional<Tensor> rows, const Tens
   // a last stride other than 1 costs a copy
   const Tensor x = tokens.size(1) <= 1 || tokens.stride(1) == 1 ? tokens : as_contiguous(tokens);
   const Dtype dtype = check_dtype("x", x);
-  const int64_t num_rows = x.size(0), d = x.size(1);
+  const int64_t num_rows = x.size(0);
   const Tensor cu = cu_seqlens_vector("cu_seqlens", cu_seqlens);
   const Tensor readout = int32_vector("readout_rows", readout_rows);
   const int64_t batch = cu.size(0) - 1, num_readout = readout.size(0);

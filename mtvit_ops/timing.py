@@ -112,7 +112,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> PeakMemory:
     for _, change in sorted(changes, key=lambda change: change[0]):  # stable: ties stay in the order they came
         held += change
         peak = max(peak, held)
-    return PeakMemory(peak, "tensor allocations reported by torch.profiler")
+    return PeakMemory(peak, "tensor allocations reported by torch.profiler; not what native operators keep")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class _Kept(NamedTuple):
 class Prepared:
     """Arguments by the blocks they are for.
 
-    To look at every layer anew takes hundreds of microseconds a forward pass; to see that nothing has changed, a tenth.
+    To look at every layer anew takes longer than to see that nothing has changed.
     Seen are other modules, parameters, sizes and hooks, a ``forward`` put on a module, and weights changed in place or
     moved; not those changed through ``.data``, as in ``PackedLinear``.
     """

@@ -30,14 +30,6 @@ void narrow(const float* from, int64_t columns, int64_t n, int64_t d, float fact
   }
 }
 
-// c (m, columns) = or += a^T b; a (depth, m) with row stride lda, b in panels.
-void multiply_turned(int64_t m, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t columns,
-                     bool add) {
-  for (int64_t i = 0; i < m; i += kRows) {
-    multiply<true>(m - i < kRows ? m - i : kRows, a + i, lda, b, depth, c + i * columns, columns, columns, add);
-  }
-}
-
 // Rows of logits in base 2 to probabilities, and rows of their gradients to the logits' gradients, in place.
 MTVIT_INLINE void gradient_row(float* s, float* ds, int64_t columns, const float* bias, Vec tail, float lse,
                                bool alone) {
@@ -109,8 +101,8 @@ void attention_gradients(const AttentionBackwardTask& t) {
     pack_values<E>(q, t.q_stride, n, d, q_panels);
     widen<E>(grad, t.grad_out_stride, n, dv, 1.0f, grads, values);
     pack_values<E>(grad, t.grad_out_stride, n, dv, grad_panels);
-    for (int64_t row = 0; row < n; row += kRows) {
-      const int64_t rows = n - row < kRows ? n - row : kRows;
+    for (int64_t row = 0; row < n; row += kGroupRows) {
+      const int64_t rows = n - row < kGroupRows ? n - row : kGroupRows;
       multiply(rows, queries + row * depth, depth, k_turned, d, s + row * lds, lds, columns);
       multiply(rows, grads + row * values, values, v_turned, dv, ds + row * lds, lds, columns);
       for (int64_t i = row; i < row + rows; ++i) {
@@ -124,8 +116,8 @@ void attention_gradients(const AttentionBackwardTask& t) {
       multiply(rows, ds + row * lds, lds, k_panels, nk, grad_q + row * depth, depth, depth);
     }
     narrow<E>(grad_q, depth, n, d, t.scale, static_cast<T*>(t.grad_q) + first * t.grad_q_stride, t.grad_q_stride);
-    multiply_turned(nk, ds, lds, q_panels, n, grad_k, depth, first > 0);
-    multiply_turned(nk, s, lds, grad_panels, n, grad_v, values, first > 0);
+    multiply<true>(nk, ds, lds, q_panels, n, grad_k, depth, depth, first > 0);
+    multiply<true>(nk, s, lds, grad_panels, n, grad_v, values, values, first > 0);
   }
   narrow<E>(grad_k, depth, nk, d, t.scale, static_cast<T*>(t.grad_k), t.grad_k_stride);
   narrow<E>(grad_v, values, nk, dv, 1.0f, static_cast<T*>(t.grad_v), t.grad_v_stride);

@@ -1,7 +1,7 @@
 // Attention of one head of one image: O = softmax(Q K^T + bias) V, in float32 whatever the dtype.
 //
-// K^T and V are packed once into panels of 2 W columns, which both products then read front to back. kRows queries at
-// a time meet all keys: whole rows of logits stay in the cache, so that softmax needs no rescaling and each
+// K^T and V are packed once into panels of 2 W columns, which both products then read front to back. kGroupRows queries
+// at a time meet all keys: whole rows of logits stay in the cache, so that softmax needs no rescaling and each
 // probability is final when it is first seen. Every row's result is independent of the rows beside it.
 #pragma once
 #include "gemm.h"
@@ -17,35 +17,49 @@ namespace {
 constexpr float kLog2E = 1.44269504f;
 constexpr double kLn2 = 0.693147180559945309;
 
+// Numbers in N chains, N vectors at a time: one chain would wait for each of its links.
+template <int N, typename F>
+MTVIT_INLINE void in_chains(int64_t begin, int64_t end, F&& f) {
+  int64_t j = begin;
+  for (; j + N * W <= end; j += N * W) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) f(n, j + n * W);
+  }
+  for (; j < end; j += W) f(0, j);
+}
+
 // Logits in base 2 (columns, a multiple of W) to unnormalised probabilities, in place. bias, with -inf past the last
 // key, may be null; then tail does the same for the last vector. Returns the sum; *top gets the greatest logit.
 MTVIT_INLINE float softmax_row(float* s, int64_t columns, const float* bias, Vec tail, float* top) {
-  Vec greatest = splat(-__builtin_inff());
+  constexpr int kChains = 4;
+  Vec greatest[kChains];
+#pragma GCC unroll 4
+  for (Vec& each : greatest) each = splat(-__builtin_inff());
   if (bias) {
-    for (int64_t j = 0; j < columns; j += W) {
+    in_chains<kChains>(0, columns, [&](int n, int64_t j) {
       const Vec x = load(s + j) + load(bias + j);
       store(s + j, x);
-      greatest = max(x, greatest);
-    }
+      greatest[n] = max(x, greatest[n]);
+    });
   } else {
-    for (int64_t j = 0; j < columns - W; j += W) greatest = max(load(s + j), greatest);
+    in_chains<kChains>(0, columns - W, [&](int n, int64_t j) { greatest[n] = max(load(s + j), greatest[n]); });
     const Vec x = load(s + columns - W) + tail;
     store(s + columns - W, x);
-    greatest = max(x, greatest);
+    greatest[0] = max(x, greatest[0]);
   }
-  *top = max(greatest);
+  *top = max(max(max(greatest[0], greatest[1]), max(greatest[2], greatest[3])));
   // a row without any key keeps its -inf and sums to 0; one with a NaN sums to NaN
   const float shift = *top == -__builtin_inff() ? 0.0f : *top;
-  Vec total{};
-  for (int64_t j = 0; j < columns; j += W) {
+  Vec total[kChains] = {};
+  in_chains<kChains>(0, columns, [&](int n, int64_t j) {
     const Vec p = exp2(load(s + j) - shift);
     store(s + j, p);
-    total += p;
-  }
-  return sum(total);
+    total[n] += p;
+  });
+  return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// Logits of a tile of queries, in base 2: float32 products, whatever the dtype.
+// Logits of a group of queries, in base 2: float32 products, whatever the dtype.
 template <typename E>
 struct Logits {
   int64_t d, depth, columns, lds;
@@ -123,9 +137,9 @@ void attention_blocks(const AttentionTask& t) {
   float* k_panels = t.scratch;
   float* v_panels = k_panels + round_up(columns * d, kMaxWidth);
   float* logits = v_panels + round_up(nk * values, kMaxWidth);
-  float* queries = logits + round_up(kRows * lds, kMaxWidth);
-  float* result = queries + round_up(kRows * depth, kMaxWidth);
-  float* after = result + round_up(kRows * values, kMaxWidth);
+  float* queries = logits + round_up(kGroupRows * lds, kMaxWidth);
+  float* result = queries + round_up(kGroupRows * depth, kMaxWidth);
+  float* after = result + round_up(kGroupRows * values, kMaxWidth);
   float* bias = t.bias ? after : nullptr;
   MTVIT_ASSERT(after + (t.bias ? columns : 0) <= t.scratch + scratch_floats(nk, d, dv));
 
@@ -144,10 +158,9 @@ void attention_blocks(const AttentionTask& t) {
     float* sums = t.block_sums ? t.block_sums + block * round_up(nk, kMaxWidth) : nullptr;
     if (sums) __builtin_memset(sums, 0, sizeof(float) * columns);
     for (int64_t row = block * t.nq / blocks; row < end;) {
-      // rows left, in as few tiles as there must be, all about as tall
-      const int64_t left = end - row, rows = left / ((left + kRows - 1) / kRows);
+      const int64_t rows = end - row < kGroupRows ? end - row : kGroupRows;
       product.multiply(static_cast<const T*>(t.q) + row * t.q_stride, t.q_stride, rows);
-      float inverse[kRows];
+      float inverse[kGroupRows];
       for (int64_t i = 0; i < rows; ++i) {
         float top;
         const float total = softmax_row(logits + i * lds, columns, bias, tail, &top);

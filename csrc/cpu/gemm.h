@@ -12,6 +12,7 @@ template <int MR, int NV, bool TURNED>
 __attribute__((noinline)) void multiply_tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c,
                                              int64_t ldc, bool add) {
   Vec acc[MR][NV] = {};
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     Vec bk[NV];
 #pragma GCC unroll 2
@@ -43,24 +44,30 @@ MTVIT_INLINE void multiply_rows(int64_t rows, const float* a, int64_t lda, const
   multiply_tile<MR, NV, TURNED>(a, lda, b, depth, c, ldc, add);
 }
 
-// c (rows, columns) = or += a (rows, depth) times b (depth, columns) in panels; rows <= kRows, columns is a multiple of
-// W. Long sums are made of sums of kDepth products: rounding errors then grow with the number of parts, not with the
-// depth.
+// c (rows, columns) = or += a (rows, depth) times b (depth, columns) in panels; columns is a multiple of W. Long sums
+// are made of sums of kDepth products: rounding errors then grow with the number of parts, not with the depth. A part
+// of a panel meets all rows while it is in the L1 cache, in tiles of about one height; no row's result depends on the
+// others.
 template <bool TURNED = false>
 void multiply(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
               int64_t columns, bool add = false) {
   constexpr int64_t kDepth = 256;
+  const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t j = 0; j < columns; j += 2 * W) {
     const bool wide = j + 2 * W <= columns;
     const float* panel = b + j * depth;
     int64_t k = 0;
     do {
       const int64_t part = depth - k < kDepth ? depth - k : kDepth;
-      const float* a_part = TURNED ? a + k * lda : a + k;
-      if (wide) {
-        multiply_rows<2, TURNED>(rows, a_part, lda, panel + k * 2 * W, part, c + j, ldc, add || k > 0);
-      } else {
-        multiply_rows<1, TURNED>(rows, a_part, lda, panel + k * W, part, c + j, ldc, add || k > 0);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t i = tile * rows / tiles, count = (tile + 1) * rows / tiles - i;
+        const float* from = TURNED ? a + k * lda + i : a + i * lda + k;
+        float* to = c + i * ldc + j;
+        if (wide) {
+          multiply_rows<2, TURNED>(count, from, lda, panel + k * 2 * W, part, to, ldc, add || k > 0);
+        } else {
+          multiply_rows<1, TURNED>(count, from, lda, panel + k * W, part, to, ldc, add || k > 0);
+        }
       }
       k += part;
     } while (k < depth);

@@ -21,8 +21,9 @@ namespace mtvit_ops {
 
 enum class Dtype : int { f32, bf16, f16 };
 
-inline constexpr int64_t kMaxWidth = 16;  // floats in the widest vector
-inline constexpr int64_t kMaxRows = 12;   // query rows of the tallest tile
+inline constexpr int64_t kMaxWidth = 16;             // floats in the widest vector
+inline constexpr int64_t kMaxRows = 12;              // query rows of the tallest tile
+inline constexpr int64_t kGroupRows = 2 * kMaxRows;  // queries that meet all keys at a time
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -31,7 +32,7 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
 // Queries are taken in blocks of about this many rows; column sums are kept per block, so that their order of
 // addition depends on the lengths alone.
 constexpr int64_t num_blocks(int64_t num_queries) {
-  const int64_t blocks = (num_queries + 2 * kMaxRows - 1) / (2 * kMaxRows);
+  const int64_t blocks = (num_queries + kGroupRows - 1) / kGroupRows;
   return blocks < 64 ? blocks : 64;
 }
 
@@ -51,10 +52,10 @@ struct AttentionTask {
   float scale;
 };
 
-// Keys and values in float32 panels; logits, queries and results of one tile of rows; biases.
+// Keys and values in float32 panels; logits, queries and results of a group of rows; biases.
 constexpr int64_t scratch_floats(int64_t nk, int64_t d, int64_t dv) {
   const int64_t keys = round_up(nk, kMaxWidth), depth = round_up(d, kMaxWidth), values = round_up(dv, kMaxWidth);
-  return keys * depth + keys * values + kMaxRows * (keys + kMaxWidth + depth + values) + keys;
+  return keys * depth + keys * values + kGroupRows * (keys + kMaxWidth + depth + values) + keys;
 }
 
 // One head of one image: gradients of q, k, v and of the bias. Strides in elements.

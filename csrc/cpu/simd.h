@@ -65,9 +65,10 @@ MTVIT_INLINE float max(Vec x) {
 // 2^x for x <= 0. Within 2 ulp for x >= -126; from there to -127 results are subnormal, below it they are 0. -inf gives
 // 0, NaN gives NaN. The polynomial is a minimax fit of 2^f on [-1/2, 1/2], relative error 1.9e-9.
 MTVIT_INLINE Vec exp2(Vec x) {
-  x = x < -127.0f ? splat(-127.0f) : x;
-  const Vec shifted = x + 0x1.8p23f;  // the integer part, rounded, is now in the low mantissa bits
-  const Vec f = x - (shifted - 0x1.8p23f);
+  x = max(splat(-127.0f), x);  // in this order a NaN stays
+  constexpr float kMagic = 0x1.8p23f + 127.0f;
+  const Vec shifted = x + kMagic;  // the integer part, rounded, plus the exponent's bias: the lowest mantissa bits
+  const Vec f = x - (shifted - kMagic);
   Vec p = splat(1.534581242594868e-4f);
   p = p * f + 1.3399930903688073e-3f;
   p = p * f + 9.618489071726799e-3f;
@@ -75,7 +76,7 @@ MTVIT_INLINE Vec exp2(Vec x) {
   p = p * f + 2.4022646248340607e-1f;
   p = p * f + 6.931471824645996e-1f;
   p = p * f + 1.0f;
-  const IVec power = (bits<IVec>(shifted) - 0x4b400000 + 127) << 23;  // 0x4b400000: the bits of 1.5 * 2^23
+  const IVec power = bits<IVec>(shifted) << 23;
   return p * bits<Vec>(power);
 }
 

@@ -98,6 +98,13 @@ const float* left_rows(const LinearTask& t, int64_t begin, int64_t count, float*
   }
 }
 
+// Where results of row i go; null: nowhere.
+template <typename T>
+MTVIT_INLINE T* out_row(const LinearTask& t, int64_t i) {
+  const int64_t row = t.residual && t.rows ? t.rows[i] : i;
+  return row < 0 ? nullptr : static_cast<T*>(t.out) + row * t.out_stride;
+}
+
 // What becomes of sums (W of the columns from `column` on) of row i.
 template <typename O>
 MTVIT_INLINE void finish(const LinearTask& t, int64_t i, int64_t column, Vec y) {
@@ -108,14 +115,10 @@ MTVIT_INLINE void finish(const LinearTask& t, int64_t i, int64_t column, Vec y) 
   const auto of_columns = [&](const float* p) { return whole ? load(p + column) : load_part<F32>(p + column, left); };
   if (t.bias) y += of_columns(t.bias);
   if (t.gelu) y = gelu(y);
-  T* to = static_cast<T*>(t.out) + column;
-  if (!t.residual) {
-    to += i * t.out_stride;
-    return whole ? O::store(to, y) : store_part<O>(to, y, left);
-  }
-  const int64_t row = t.rows ? t.rows[i] : i;
-  if (row < 0) return;
-  to += row * t.out_stride;
+  T* to = out_row<T>(t, i);
+  if (!to) return;
+  to += column;
+  if (!t.residual) return whole ? O::store(to, y) : store_part<O>(to, y, left);
   if (t.rounds) y = Rounded<O>::round(y);
   if (t.column_scale) y *= of_columns(t.column_scale);
   if (t.row_scale) y *= t.row_scale[i];
@@ -123,6 +126,15 @@ MTVIT_INLINE void finish(const LinearTask& t, int64_t i, int64_t column, Vec y) 
     O::store(to, O::load(to) + y);
   } else {
     store_part<O>(to, load_part<O>(to, left) + y, left);
+  }
+}
+
+// The lines that results of rows [begin, begin + count) go to, on their way before there are results.
+template <typename O>
+MTVIT_INLINE void fetch_out(const LinearTask& t, int64_t begin, int64_t count, int64_t column) {
+  for (int64_t i = begin; i < begin + count; ++i) {
+    const auto* to = out_row<typename O::T>(t, i);
+    if (to) __builtin_prefetch(to + column, 1, 3);
   }
 }
 
@@ -186,6 +198,7 @@ void linear_block(const LinearTask& t, int64_t begin, int64_t count, int64_t fir
         // of about one height: a last tile of one or two rows would wait for its own sums
         const int64_t i = tile * count / tiles, rows = (tile + 1) * count / tiles - i;
         if (fetches) next.some();
+        if (k + depth == t.k) fetch_out<O>(t, begin + i, rows, panel * kColumns);
         multiply_rows<2, false>(rows, a + i * apart + k, apart, part, depth, sums + i * kColumns, kColumns, k > 0);
       }
       k += depth;

@@ -136,8 +136,17 @@ def case_halting_step(draw: Draw) -> tuple[Any, Any]:
     return (), None  # its meaning has tables of its own; here it only must not fail
 
 
+def pack_patches(draw: Draw, weight: Tensor) -> Tensor:
+    """A convolution's weight in panels, sometimes cut to what is none."""
+    if weight.shape[0] % native.panel_columns() or draw.random.random() < 0.5:
+        return weight
+    packed = native.pack_panels(weight.flatten(1))
+    return packed[:, : draw.random.randint(0, packed.shape[1])].contiguous() if draw.spoilt() else packed
+
+
 def case_ragged_patch_embed(draw: Draw) -> tuple[Any, Any]:
-    batch, channels, height, width, d = draw.size(4), 1 + draw.size(2), draw.size(20), draw.size(20), draw.size(12)
+    batch, channels, height, width = draw.size(4), 1 + draw.size(2), draw.size(20), draw.size(20)
+    d = draw.random.choice((draw.size(12), 16, 32))
     prefix = draw.tensor(draw.size(2), d)
     images = draw.tensor(batch, channels, height, width)
     weights, biases, tables, strides, paddings = [], [], [], [], []
@@ -153,7 +162,9 @@ def case_ragged_patch_embed(draw: Draw) -> tuple[Any, Any]:
     if draw.spoilt() and batch:
         tails[-1] = draw.random.choice((-1, len(weights), 2**31 - 1))
     args = (images, tails, prefix, weights, biases, tables, strides, paddings)
-    got = native.ragged_patch_embed(*args, draw_panels(draw))
+    panels = draw_panels(draw)
+    given = [pack_patches(draw, weight) if panels else weight for weight in weights]
+    got = native.ragged_patch_embed(*args[:3], given, *args[4:], panels)
     return got, lambda: ragged_patch_embed.ragged_patch_embed(*args)
 
 

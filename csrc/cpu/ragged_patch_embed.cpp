@@ -1,11 +1,13 @@
 // ragged_patch_embed on the CPU: for each tail one product of the patches of its images, straight into the batch.
-//   images (B, C, H, W), tails (B,) int32, prefix (P, D), K weights (D, C, k, k), biases (D,), tables (P + patches, D)
+//   images (B, C, H, W), tails (B,) int32, prefix (P, D), K weights (D, C, k, k) or packed (D / columns, C * k * k,
+//   columns), biases (D,), tables (P + patches, D)
 //   out (B * longest, D), zeros behind the live rows, and offsets (B + 1,)
 // Patches that overlap or reach into the padding are copied with what lies there. B, P or D may be 0; an image of an
 // unused tail does not exist, so unused tails cost nothing. Threads write disjoint rows. `panels`: multiply by our own
-// kernel, not by oneDNN.
+// kernel, not by oneDNN, straight onto the positions; it alone reads packed weights.
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -19,10 +21,12 @@ namespace mtvit_ops {
 namespace {
 
 struct Tail {
-  int64_t stride, padding, kernel_rows, kernel_columns, grid_rows, grid_columns;
+  int64_t stride, padding, side, grid_rows, grid_columns;
 
   int64_t patches() const { return grid_rows * grid_columns; }
 };
+
+constexpr int64_t kLongestSide = 1 << 14;  // of a packed kernel, pixels
 
 struct Pixels {
   const char* data;  // (B, C, H, W), contiguous
@@ -33,17 +37,17 @@ struct Pixels {
 char* copy_patch(const Pixels& p, const Tail& t, int64_t image, int64_t patch, char* out) {
   const int64_t top = patch / t.grid_columns * t.stride - t.padding;
   const int64_t left = patch % t.grid_columns * t.stride - t.padding;
-  const int64_t before = std::clamp<int64_t>(-left, 0, t.kernel_columns);
-  const int64_t inside = std::clamp<int64_t>(p.width - (left + before), 0, t.kernel_columns - before);
-  const int64_t after = t.kernel_columns - before - inside;
+  const int64_t before = std::clamp<int64_t>(-left, 0, t.side);
+  const int64_t inside = std::clamp<int64_t>(p.width - (left + before), 0, t.side - before);
+  const int64_t after = t.side - before - inside;
   const auto zeros = [&](int64_t count) {
     std::memset(out, 0, static_cast<size_t>(count * p.element));
     out += count * p.element;
   };
   for (int64_t c = 0; c < p.channels; ++c) {
-    for (int64_t y = top; y < top + t.kernel_rows; ++y) {
+    for (int64_t y = top; y < top + t.side; ++y) {
       if (y < 0 || y >= p.height) {
-        zeros(t.kernel_columns);
+        zeros(t.side);
         continue;
       }
       zeros(before);
@@ -58,26 +62,41 @@ char* copy_patch(const Pixels& p, const Tail& t, int64_t image, int64_t patch, c
   return out;
 }
 
+// The side of the kernel of a weight, plain or packed; 0: it has none.
+int64_t side_of(const Tensor& weight, int64_t channels, int64_t dim) {
+  if (weight.dim() == 4) {
+    const bool fits = weight.size(0) == dim && weight.size(1) == channels && weight.size(2) == weight.size(3);
+    return fits ? weight.size(2) : 0;
+  }
+  const int64_t columns = kernels().panel_columns;
+  const bool packed = weight.dim() == 3 && weight.size(2) == columns && dim % columns == 0 &&
+                      weight.size(0) == dim / columns && weight.size(1) % channels == 0;
+  if (!packed) return 0;
+  const int64_t pixels = weight.size(1) / channels;
+  int64_t side = 1;
+  while (side < kLongestSide && side * side < pixels) ++side;
+  return side * side == pixels ? side : 0;
+}
+
 Tail tail_of(size_t index, const Tensor& images, const Tensor& prefix, const Tensor& weight, const Tensor& bias,
-             const Tensor& table, int64_t stride, int64_t padding) {
+             const Tensor& table, int64_t stride, int64_t padding, bool panels) {
   MTVIT_CHECK(stride >= 1 && padding >= 0, "strides must be at least 1 and paddings at least 0, got ", stride, " and ",
               padding, " for tail ", index);
-  MTVIT_CHECK(
-      weight.is_cpu() && weight.dim() == 4 && weight.size(0) == prefix.size(1) && weight.size(1) == images.size(1),
-      "weights[", index, "] must have shape (", prefix.size(1), ", ", images.size(1), ", k, k), got ",
-      shape_of(weight));
+  Tail t{stride, padding, side_of(weight, images.size(1), prefix.size(1)), 0, 0};
+  MTVIT_CHECK(weight.is_cpu() && t.side >= 1 && (panels || weight.dim() == 4), "weights[", index, "] must have shape (",
+              prefix.size(1), ", ", images.size(1), ", k, k)", panels ? ", or be packed from that," : "",
+              " and k at least 1, got ", shape_of(weight));
   check_length("biases", bias, prefix.size(1));
   check_dim("pos_embeds", table, 2, "(P + patches, D)");
-  for (const Tensor& t : {weight, bias, table}) {
-    MTVIT_CHECK(t.scalar_type() == images.scalar_type(), "weights, biases and pos_embeds must have images' dtype");
+  for (const Tensor& each : {weight, bias, table}) {
+    MTVIT_CHECK(each.scalar_type() == images.scalar_type(), "weights, biases and pos_embeds must have images' dtype");
   }
-  Tail t{stride, padding, weight.size(2), weight.size(3), 0, 0};
   // a padding that is no part of an image cannot overflow: it is bounded by what a table can hold
-  MTVIT_CHECK(padding <= (int64_t{1} << 30) && t.kernel_rows >= 1 && t.kernel_columns >= 1 &&
-                  images.size(2) + 2 * padding >= t.kernel_rows && images.size(3) + 2 * padding >= t.kernel_columns,
-              "images must be at least as large as tail ", index, "'s kernel, got ", shape_of(images));
-  t.grid_rows = (images.size(2) + 2 * padding - t.kernel_rows) / stride + 1;
-  t.grid_columns = (images.size(3) + 2 * padding - t.kernel_columns) / stride + 1;
+  MTVIT_CHECK(
+      padding <= (int64_t{1} << 30) && images.size(2) + 2 * padding >= t.side && images.size(3) + 2 * padding >= t.side,
+      "images must be at least as large as tail ", index, "'s kernel, got ", shape_of(images));
+  t.grid_rows = (images.size(2) + 2 * padding - t.side) / stride + 1;
+  t.grid_columns = (images.size(3) + 2 * padding - t.side) / stride + 1;
   MTVIT_CHECK(table.size(0) == prefix.size(0) + t.patches() && table.size(1) == prefix.size(1), "pos_embeds[", index,
               "] must have shape (", prefix.size(0) + t.patches(), ", ", prefix.size(1), "), got ", shape_of(table));
   return t;
@@ -102,7 +121,7 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor
   std::vector<Tail> geometry;
   int64_t longest = 0;
   for (size_t k = 0; k < num_tails; ++k) {
-    geometry.push_back(tail_of(k, images, prefix, weights[k], biases[k], tables[k], strides[k], paddings[k]));
+    geometry.push_back(tail_of(k, images, prefix, weights[k], biases[k], tables[k], strides[k], paddings[k], panels));
     longest = std::max(longest, num_prefix + geometry[k].patches());
   }
 
@@ -139,25 +158,33 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor
     }
     if (which.empty()) continue;
     const Tail& t = geometry[k];
-    const int64_t count = static_cast<int64_t>(which.size()), depth = p.channels * t.kernel_rows * t.kernel_columns;
-    const Tensor weight = as_contiguous(weights[k]), table = as_contiguous(tables[k]);
-    Tensor patches = empty_as(images, std::array{count * t.patches(), depth});
+    const int64_t count = static_cast<int64_t>(which.size()), depth = p.channels * t.side * t.side;
+    const Tensor table = as_contiguous(tables[k]), bias = as_contiguous(biases[k]);
+    const Tensor patches = kept_as(Place::hidden, images, std::array{count * t.patches(), depth});
     auto* left = mutable_data<char>(patches);
     torch::stable::parallel_for(0, count * t.patches(), row_grain(depth), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         copy_patch(p, t, which[static_cast<size_t>(i / t.patches())], i % t.patches(), left + i * depth * element);
       }
     });
-    const Tensor matrix = as_matrix(weight, depth), bias = as_contiguous(biases[k]);
-    const Tensor tokens = panels ? panel_linear(patches, matrix, bias) : onednn_linear(patches, matrix, bias);
+    const Tensor matrix = weights[k].dim() == 3 ? weights[k] : as_matrix(as_contiguous(weights[k]), depth);
+    const Tensor tokens = panels ? Tensor() : onednn_linear(patches, matrix, bias);
+    Tensor targets = empty_int32(std::array{panels ? count * t.patches() : 0});
+    auto* target = mutable_data<int32_t>(targets);
     torch::stable::parallel_for(0, count, row_grain(dim * t.patches()), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        char* first = rows + cu[which[static_cast<size_t>(i)]] * row;
+        const int32_t start = cu[which[static_cast<size_t>(i)]];
+        char* first = rows + start * row;
         std::memcpy(first, table.data_ptr(), static_cast<size_t>((num_prefix + t.patches()) * row));
         add(first, head.data_ptr(), num_prefix);
-        add(first + num_prefix * row, data<char>(tokens) + i * t.patches() * row, t.patches());
+        if (panels) {
+          std::iota(target + i * t.patches(), target + (i + 1) * t.patches(), start + static_cast<int32_t>(num_prefix));
+        } else {
+          add(first + num_prefix * row, data<char>(tokens) + i * t.patches() * row, t.patches());
+        }
       }
     });
+    if (panels) panel_linear_residual_(x, targets, patches, matrix, bias);
   }
   return {x, offsets};
 }

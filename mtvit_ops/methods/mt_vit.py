@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .._checks import check_count, check_real, check_sequence
 from ..nn.method import Method
+from ..nn.patch_embed import Tail
 from ..nn.vision_transformer import VisionTransformer, ViTConfig
 from ..ops import ragged_patch_embed
 from ..ragged import RaggedTokens
@@ -131,6 +132,10 @@ class MTViT(Method):
         convs = [*self.projections, model.patch_embed.proj]
         # by number: PyTorch 2.11 cannot compile a walk over the list
         tables = [*(self.pos_embeds[index] for index in range(len(self.pos_embeds))), model.pos_embed]
+        tails = [Tail(conv, table, *geometry) for conv, table, geometry in zip(convs, tables, self.geometry)]
+        native = model.native_embedding(images, tail, model.cls_token, tails)
+        if native is not None:
+            return native
         return ragged_patch_embed(
             images,
             tail,

@@ -60,8 +60,8 @@ def linear_patches(images: Tensor, conv: nn.Conv2d) -> Tensor:
 
     Equivalent PyTorch: ``conv(images).flatten(2).transpose(1, 2)``.
     """
-    weight = conv.weight
-    if not (type(weight) is nn.Parameter and _serves(images, weight)):
+    weight, hooks = conv.weight, conv._forward_hooks or conv._forward_pre_hooks
+    if hooks or not (type(weight) is nn.Parameter and _serves(images, weight)):
         return conv(images).flatten(2).transpose(1, 2)
     batch, channels, height, width = images.shape
     side = weight.shape[-1]

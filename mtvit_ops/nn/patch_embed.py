@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import MutableMapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .._cpu_linear import panel_columns, panel_dtypes
+from .._register import native_kernel, native_serves
 from .linear import linear_patches
 
 
@@ -16,3 +24,81 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N, D)
         return linear_patches(images, self.proj)
+
+
+class Tail(NamedTuple):
+    """One way to cut an image into tokens."""
+
+    conv: nn.Conv2d  # square, no dilation, no groups
+    table: Tensor  # (1, 1 + patches, D): positions, the class token's first
+    stride: int
+    padding: int
+
+
+class NativeEmbedding:
+    """Patches, class token and positions as one native operator, which keeps the convolutions' weights packed.
+
+    Serves where our own kernel multiplies (``_cpu_linear``). Weights changed in place, loaded, moved or cast are packed
+    anew; changes through ``.data`` are not seen, as in ``PackedLinear``.
+    """
+
+    def __init__(self) -> None:
+        # by weight, as long as it lives: key, packed, what it is made from
+        self._packed: MutableMapping[Tensor, tuple[object, Tensor, Tensor]] = WeakIdKeyDictionary()
+
+    def __call__(
+        self, images: Tensor, chosen: Tensor | None, cls_token: Tensor, tails: Sequence[Tail]
+    ) -> tuple[Tensor, Tensor] | None:
+        """What ``ragged_patch_embed`` gives, (B * longest, D) and offsets; None: it cannot serve here.
+
+        Args:
+            images: (B, C, H, W).
+            chosen: each image's tail, (B,), int32; None: there is one.
+            cls_token: (1, 1, D).
+            tails: K of them.
+        """
+        # in this order: the compiler need not look into the second
+        if not native_serves(images) or images.dtype not in panel_dtypes() or images.numel() == 0:
+            return None
+        if torch_module._has_any_global_hook() or any(not _is_plain(tail.conv) for tail in tails):
+            return None
+        convs = [tail.conv for tail in tails]
+        tensors = [cls_token, *(tail.table for tail in tails)]
+        tensors += [tensor for conv in convs for tensor in (conv.weight, conv.bias) if tensor is not None]
+        if any(type(tensor) is not nn.Parameter or tensor.dtype is not images.dtype for tensor in tensors):
+            return None
+        if chosen is None:
+            chosen = torch.zeros(len(images), dtype=torch.int32)
+        weights = [self._panels(conv.weight) for conv in convs]
+        biases, tables = [conv.bias for conv in convs], [tail.table[0] for tail in tails]
+        strides, paddings = [tail.stride for tail in tails], [tail.padding for tail in tails]
+        embed = native_kernel("ragged_patch_embed")
+        result: tuple[Tensor, Tensor] = embed(
+            images, chosen, cls_token[0], weights, biases, tables, strides, paddings, True
+        )
+        return result
+
+    def _panels(self, weight: Tensor) -> Tensor:
+        if weight.is_inference() or weight.shape[0] % panel_columns():  # without a version; narrower than its panels
+            return weight
+        key = (weight.data_ptr(), weight._version, weight.dtype)
+        kept = self._packed.get(weight)
+        if kept is None or kept[0] != key:
+            source = weight.detach()  # kept, so that no other weight can come to lie at its address
+            kept = key, torch.ops.mtvit_ops_cpp.pack_panels(source.flatten(1)), source
+            self._packed[weight] = kept
+        return kept[1]
+
+    def __deepcopy__(self, memo: Any) -> NativeEmbedding:
+        return NativeEmbedding()
+
+    def __reduce__(self) -> Any:
+        return NativeEmbedding, ()
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.bias is not None
+        and not (conv._forward_hooks or conv._forward_pre_hooks or "forward" in conv.__dict__)
+    )

@@ -13,10 +13,10 @@ from .._checks import check_real, check_tensor
 from .._register import native_serves
 from ..ragged import RaggedTokens
 from .block import Block
-from .half_block import blocks_
+from .half_block import blocks_, is_plain
 from .linear import linear
 from .method import Method
-from .patch_embed import PatchEmbed
+from .patch_embed import NativeEmbedding, PatchEmbed, Tail
 from .prepared import Prepared
 from .trace import Trace, TraceRecorder
 
@@ -95,6 +95,7 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self._prepared = Prepared()
+        self.native_embedding = NativeEmbedding()
         _check_unattached(method, config)
         method.attach(self)
         method.model_config = config
@@ -191,9 +192,20 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images: Tensor) -> RaggedTokens:
         """Class token and patches with their positions, all alive."""
+        native = self._embed_natively(images)
+        if native is not None:
+            return native
         patches = self.patch_embed(images)
         x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embed
         return RaggedTokens.from_dense(x)
+
+    def _embed_natively(self, images: Tensor) -> RaggedTokens | None:
+        embed = self.patch_embed
+        if type(embed) is not PatchEmbed or not is_plain(embed):
+            return None
+        tail = Tail(embed.proj, self.pos_embed, self.config.patch_size, 0)
+        made = self.native_embedding(images, None, self.cls_token, [tail])
+        return None if made is None else RaggedTokens(made[0], None, made[1], 1 + self.config.num_patches)
 
     def with_method(self, method: Method) -> VisionTransformer:
         """The same weights, shared, run by another method."""

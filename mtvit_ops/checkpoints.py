@@ -18,6 +18,7 @@ from .methods._tail_init import resize_pos_embed
 from .nn import VisionTransformer
 
 _EVO_NAMES = (("qks.{}.qk", "qk"), ("vs.{}.v", "v"), ("norms.{}", "norm1"), ("projs.{}", "attn.proj"))
+_TAIL = ("projections.{}.weight", "projections.{}.bias", "pos_embeds.{}")
 # Evo-ViT's second classifier, which a model for inference does not have
 _TRAINING_HEAD = tuple(f"{layer}_cls.{kind}" for layer in ("head", "norm") for kind in ("weight", "bias"))
 
@@ -45,7 +46,9 @@ def load_checkpoint(
     Reads state dicts in timm's layout (DeiT, A-ViT, ours), the authors' Evo-ViT layout (``qks``, ``vs``, ``norms``,
     ``projs``) and the authors' Life Regression layout, from ``.safetensors`` or PyTorch files (bare, or under a
     ``"model"`` or ``"state_dict"`` entry; loaded with ``weights_only=True``). A method's own parameters may be missing
-    from a file of the plain backbone: MT-ViT's cheaper tails are then derived from it, the others keep their values.
+    from a file of the plain backbone: MT-ViT's cheaper tails are then derived from it, the others keep their values. Of
+    an MT-ViT with other grids, the tails whose grids the model has too are taken, but not the predictor, which chose
+    among others.
 
     Args:
         model: from ``create_model``.
@@ -72,6 +75,9 @@ def load_checkpoint(
     for name in _TRAINING_HEAD:
         if f"method.{name}" not in own and state.pop(f"method.{name}", None) is not None:
             ignored += (name if layout == "Evo-ViT" else f"method.{name}",)
+    if isinstance(model.method, MTViT):
+        state, others = _take_tails(state, own)
+        ignored += others
     if reset_head:
         heads = {name: own[name] for name in own if name.startswith(("head.", "method.head_cls."))}
         ignored += tuple(name for name in heads if name in state)
@@ -205,6 +211,30 @@ def _from_life(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, 
         else:
             out[name] = value
     return out, tuple(ignored)
+
+
+def _take_tails(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The state with an MT-ViT's tails where the model has those of their grids, and what was left out."""
+
+    def shapes(tensors: dict[str, Tensor]) -> dict[int, tuple[torch.Size, ...]]:
+        found = {}
+        for index in range(len(tensors)):
+            parts = [tensors.get(f"method.{name}".format(index)) for name in _TAIL]
+            if any(part is None for part in parts):
+                break
+            found[index] = tuple(part.shape for part in parts if part is not None)
+        return found
+
+    theirs, ours = shapes(state), shapes(own)
+    places = {index: place for place, shape in ours.items() for index, each in theirs.items() if each == shape}
+    if theirs == ours or not places:  # the usual case; nothing in common, which is refused with the rest
+        return state, ()
+    prefixes = ("method.projections.", "method.pos_embeds.", "method.predictor.")
+    taken = {name: value for name, value in state.items() if not name.startswith(prefixes)}
+    for index, place in places.items():
+        taken.update({f"method.{name}".format(place): state[f"method.{name}".format(index)] for name in _TAIL})
+    kept = {f"method.{name}".format(index) for index in places for name in _TAIL}
+    return taken, tuple(name for name in state if name.startswith(prefixes) and name not in kept)
 
 
 def _check_fit(own: dict[str, Tensor], state: dict[str, Tensor], untrained: tuple[str, ...]) -> None:

@@ -427,3 +427,38 @@ def test_trained_tails_survive_a_file_without_predictor() -> None:
     report = load_checkpoint(model, state)
     assert all("predictor" in name for name in report.untrained)
     assert bool((model.method.projections[0].weight == 7.0).all())
+
+
+@pytest.mark.parametrize(
+    ("grids", "same"),
+    [((3, 4), {0: 1}), ((2, 4), {0: 0}), ((1, 3, 4), {1: 1}), ((1, 2, 3, 4), {1: 0, 2: 1})],
+    ids=str,
+)
+def test_tails_of_a_mt_vit_with_other_grids_are_taken_by_grid(grids: tuple[int, ...], same: dict[int, int]) -> None:
+    sizes = {"img_size": 64, "embed_dim": 16, "num_heads": 2, "depth": 2, "num_classes": 3}
+    source = lively(create_model("mtvit_tiny_patch16_224", **sizes, grids=(2, 3, 4)))
+    model = create_model("mtvit_tiny_patch16_224", **sizes, grids=grids)
+    predictor = {name: value.clone() for name, value in model.method.predictor.state_dict().items()}
+    state = source.state_dict()
+    report = load_checkpoint(model, state)
+    for place, index in same.items():
+        for name in ("projections.{}.weight", "projections.{}.bias", "pos_embeds.{}"):
+            got, want = (f"method.{name}".format(tail) for tail in (place, index))
+            assert_equal(name, model.state_dict()[got], state[want])
+    for tail in set(range(len(grids) - 1)) - set(same):  # derived, as from a plain backbone
+        want = resize_kernel(state["patch_embed.proj.weight"], model.method.geometry[tail][0])
+        assert_rounding(model.method.projections[tail].weight.detach(), want)
+        assert f"method.pos_embeds.{tail}" in report.untrained
+    for name, value in predictor.items():  # the file's chose among others
+        assert_equal(name, model.method.predictor.state_dict()[name], value)
+        assert f"method.predictor.{name}" in report.ignored
+    left = {f"method.pos_embeds.{index}" for index in {0, 1} - set(same.values())}
+    assert left <= set(report.ignored)
+    assert_equal("backbone", model.blocks[1].mlp.fc1.weight.detach(), state["blocks.1.mlp.fc1.weight"])
+
+
+def test_a_mt_vit_without_a_common_grid_is_refused() -> None:
+    sizes = {"img_size": 64, "embed_dim": 16, "num_heads": 2, "depth": 2, "num_classes": 3}
+    source = create_model("mtvit_tiny_patch16_224", **sizes, grids=(2, 4))
+    with pytest.raises(ValueError, match=r"does not fit the model: mis-shaped method\.projections\.0\.weight"):
+        load_checkpoint(create_model("mtvit_tiny_patch16_224", **sizes, grids=(3, 4)), source.state_dict())

@@ -15,7 +15,8 @@ from mtvit_ops.reference.scatter_residual import scatter_residual
 from mtvit_ops.reference.varlen_attention import varlen_attention
 
 native = torch.ops.mtvit_ops_cpp
-SCALE, EPS = 0.25, 1e-6
+SCALE = 0.25
+EPS = 0.1  # of layer norms: two features that are nearly equal would become +1 and -1, whichever rounding made larger
 
 
 class Layer(NamedTuple):

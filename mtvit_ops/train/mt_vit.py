@@ -21,13 +21,14 @@ from ..nn import VisionTransformer
 from ..ragged import RaggedTokens
 from ._encoder import classify, run_blocks
 from ._process_mean import process_mean
-from ._task import task_loss
+from ._task import check_target, task_loss
 
-# weights of the terms that each mode has beside the task, whose weight is 1
+# weights of the terms that each mode has beside its first, whose weight is 1
 DEFAULTS: dict[str, dict[str, float]] = {
     "dense": {"tails": 1.0, "distillation": 1.0, "flops": 2.0, "entropy": 0.01},
     "sparse": {"flops": 2.0, "entropy": 0.01},
     "tails": {"distillation": 1.0},
+    "regret": {},
 }
 
 
@@ -37,7 +38,9 @@ class MTViTLoss:
     Attributes:
         mode: ``"dense"``: every image through all tails, the chosen one's logits count; ``"sparse"``: every image
             through its chosen tail only, so that tokens it does not take cost nothing; ``"tails"``: all tails, without
-            a choice (the first stage of training, before the predictor).
+            a choice (the first stage of training, before the predictor); ``"regret"``: the predictor alone, whose
+            scores learn what each tail's prediction lacks of the dearest one's. What a tail costs counts only when one
+            is chosen (``cost_weight``, for ``calibrate`` to set).
         tails: weight of the cross-entropies of all tails, without which a tail that is never picked never learns.
         distillation: weight of what the cheaper tails lack of the dearest one's prediction.
         flops: weight of the squared distance of the mean cost from ``cost_target``.
@@ -51,7 +54,7 @@ class MTViTLoss:
         label_smoothing: of the cross-entropies, [0, 1].
 
     Weights lie in [0, 1e9]; None: 1, 1, 2 and 0.01 in this order, and 0 for a term that the mode does not have
-    (sparse: ``tails``, ``distillation``; tails: ``tails``, ``flops``, ``entropy``).
+    (sparse: ``tails``, ``distillation``; tails: ``tails``, ``flops``, ``entropy``; regret: all of them).
     """
 
     mode: str = "dense"
@@ -83,11 +86,11 @@ class MTViTLoss:
         check_real("label_smoothing", self.label_smoothing, 0.0, 1.0)
 
     def of_terms(self) -> dict[str, float]:
-        """The weight of each term that the mode has, the task first."""
+        """The weight of each term that the mode has, the one without a choice of weight first."""
         defaults = DEFAULTS[self.mode]
         given = {name: getattr(self, name) for name in defaults}
         weights = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
-        return {"task": 1.0, **weights}
+        return {"regret" if self.mode == "regret" else "task": 1.0, **weights}
 
 
 class Choice(NamedTuple):
@@ -110,6 +113,8 @@ def loss(
     - ``distillation``: ``sum_k KL(o_K || o_k)`` over the cheaper tails, the dearest held constant.
     - ``flops``: ``(mean relative cost - cost_target)^2``, the mean over the batch of all processes, not an image's own.
     - ``entropy``: minus the entropy of the tails' mean probabilities over that batch.
+    - ``regret``, alone in its mode: the mean over images and tails of ``(s_k + KL(o_K || o_k))^2``, with s the
+      predictor's scores. It asks for no label: whether a tail happened to be right says little about an image.
 
     Args:
         model: runs ``MTViT``. In training mode the choice is drawn (from PyTorch's generator), in evaluation mode it is
@@ -126,7 +131,8 @@ def loss(
             that the tails cannot meet, images or targets that do not fit.
 
     All tails of a batch, or all chosen ones, are one packed pass through the encoder. Gradients flow to all parameters
-    of what ran; terms are float32 (float64 for float64). No device synchronisation.
+    of what ran, in mode ``"regret"`` to the predictor's alone; terms are float32 (float64 for float64). No device
+    synchronisation.
 
     Source: MT-ViT, arXiv 2203.01587, for the idea; our design, see the module.
     """
@@ -134,6 +140,11 @@ def loss(
     if not isinstance(method, MTViT):
         raise TypeError(f"model must run MTViT, got {type(method).__name__}")
     model.check_images(images)
+    if weights.mode == "regret":
+        _check_choosing(method, weights)
+        check_target(target, len(images), model.config.num_classes, model.cls_token)
+        term = regret_term(_wide(method.predictor(images)), model, images)
+        return term, {"regret": term}
     terms: dict[str, Tensor] = {}
     factors = weights.of_terms()
     choice = shares = None
@@ -209,6 +220,14 @@ def chosen_logits(model: VisionTransformer, images: Tensor, tail: Tensor) -> Ten
     return classify(model, run_blocks(model, tokens, range(model.config.depth), ragged=True))
 
 
+def regret_term(scores: Tensor, model: VisionTransformer, images: Tensor) -> Tensor:
+    """How far scores (B, K) are from minus what each tail's prediction lacks of the dearest one's."""
+    with torch.no_grad():  # only the predictor learns
+        logits = _wide(all_logits(model, images)).log_softmax(dim=2)  # (K, B, C)
+        lacks = F.kl_div(logits, logits[-1:].expand_as(logits), reduction="none", log_target=True).sum(dim=2)
+    return F.mse_loss(scores, -lacks.T)
+
+
 def distillation_term(logits: Tensor) -> Tensor:
     """Sum over the cheaper tails of KL(dearest || tail), batch mean, from (K, B, C); the dearest learns nothing."""
     students = logits[:-1].log_softmax(dim=2)
@@ -250,12 +269,16 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _check_target(method: MTViT, weights: MTViTLoss, factor: float) -> None:
+def _check_choosing(method: MTViT, weights: MTViTLoss) -> None:
     if method.config.force_tail is not None:
         raise ValueError(
             f"force_tail must be None in mode {weights.mode!r}, where the predictor learns, got"
             f" {method.config.force_tail}"
         )
+
+
+def _check_target(method: MTViT, weights: MTViTLoss, factor: float) -> None:
+    _check_choosing(method, weights)
     cheapest = method.relative_costs[0]
     if factor and not cheapest <= weights.cost_target <= max(1.0, cheapest):
         raise ValueError(

@@ -71,7 +71,8 @@ class LifePlan(Plan):
 class MTViTPlan(Plan):
     """
     Attributes:
-        predictor_only: share of the training in which tails and encoder stay as they are, [0, 1].
+        predictor_only: share of the training in which tails and encoder stay as they are, [0, 1]; all of it in the
+            loss's mode ``"regret"``.
         encoder_lr: learning rate of tails and encoder over the predictor's, (0, 1].
         temperature: of the Gumbel-Softmax at the start and at the end, falling exponentially, both > 0.
         anneal_entropy: the weight of the entropy falls to 0 over the first third.
@@ -97,11 +98,13 @@ class MTViTPlan(Plan):
         mode = weights.get("mode", mt_vit.MTViTLoss().mode)
         if mode == "tails":
             return weights
-        learns = progress >= self.predictor_only
+        learns = mode != "regret" and progress >= self.predictor_only
         if model.cls_token.requires_grad != learns:
             for name, parameter in model.named_parameters():
                 if not name.startswith(_PREDICTOR):
                     parameter.requires_grad_(learns)
+        if mode == "regret":
+            return weights
         weights["temperature"] = mt_vit.temperature_at(progress, *self.temperature)
         if self.anneal_entropy:
             weight = weights.get("entropy", mt_vit.DEFAULTS[mode]["entropy"])

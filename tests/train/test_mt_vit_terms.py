@@ -144,7 +144,7 @@ def test_schedules() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"mode": "soft"}, ValueError, "mode must be one of 'dense', 'sparse', 'tails', got 'soft'"),
+        ({"mode": "soft"}, ValueError, "mode must be one of 'dense', 'sparse', 'tails', 'regret', got 'soft'"),
         ({"tails": -1.0}, ValueError, "tails must be in"),
         ({"flops": "2"}, TypeError, "flops must be a number, got str"),
         ({"entropy": float("nan")}, ValueError, "entropy must be in"),

@@ -91,6 +91,21 @@ def test_every_tail_of_a_mixed_batch(dtype: torch.dtype) -> None:
     assert_close_to_float64("x", x, want, plain)
 
 
+def test_threads_change_no_bit() -> None:
+    model, images = make(embed_dim=192, num_heads=3), torch.randn(5, 3, 48, 48)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            tokens = natively(model, images)
+            assert tokens is not None
+            found.append(tokens)
+    finally:
+        torch.set_num_threads(before)
+    for tokens in found[1:]:
+        assert_equal("x", tokens, found[0])
+
+
 def test_packed_weights_give_the_same_bits() -> None:
     model, images = make(), torch.randn(2, 3, 48, 48)
     weight, bias = model.patch_embed.proj.weight, model.patch_embed.proj.bias

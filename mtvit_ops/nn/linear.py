@@ -71,6 +71,18 @@ def linear_patches(images: Tensor, conv: nn.Conv2d) -> Tensor:
     return tokens.unflatten(0, (batch, -1))
 
 
+Packed = tuple[object, Tensor, Tensor]  # key, packed weight, weight it is made from
+
+
+def packed_anew(kept: Packed | None, weight: Tensor) -> Packed:
+    """What is kept, or the weight (N, ...) packed as (N, K) if it is another one or has changed since."""
+    key = (weight.data_ptr(), weight._version, weight.dtype)
+    if kept is not None and kept[0] == key:
+        return kept
+    source = weight.detach()  # kept, so that no other weight can come to lie at its address
+    return key, _pack(source.flatten(1)), source
+
+
 class PackedLinear(nn.Module):
     """An ``nn.Linear`` that also keeps its weight in the order in which the CPU's kernel reads it.
 
@@ -82,7 +94,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
-        self._packed: tuple[object, Tensor, Tensor] | None = None  # key, packed weight, weight it is made from
+        self._packed: Packed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not _serves(x, self.weight):
@@ -93,10 +105,7 @@ class PackedLinear(nn.Module):
         """``weight``, which is the layer's, as the kernel wants it."""
         if weight.is_inference():  # has no version to tell whether it changed
             return weight
-        key = (weight.data_ptr(), weight._version, weight.dtype)
-        if self._packed is None or self._packed[0] != key:
-            source = weight.detach()  # kept, so that no other weight can come to lie at its address
-            self._packed = key, _pack(source), source
+        self._packed = packed_anew(self._packed, weight)
         return self._packed[1]
 
     def __getstate__(self) -> dict[str, object]:

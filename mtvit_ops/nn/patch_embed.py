@@ -12,7 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._cpu_linear import panel_columns, panel_dtypes
 from .._register import native_kernel, native_serves
-from .linear import linear_patches
+from .half_block import is_plain
+from .linear import Packed, linear_patches, packed_anew
 
 
 class PatchEmbed(nn.Module):
@@ -43,8 +44,7 @@ class NativeEmbedding:
     """
 
     def __init__(self) -> None:
-        # by weight, as long as it lives: key, packed, what it is made from
-        self._packed: MutableMapping[Tensor, tuple[object, Tensor, Tensor]] = WeakIdKeyDictionary()
+        self._packed: MutableMapping[Tensor, Packed] = WeakIdKeyDictionary()  # by weight, as long as it lives
 
     def __call__(
         self, images: Tensor, chosen: Tensor | None, cls_token: Tensor, tails: Sequence[Tail]
@@ -60,7 +60,7 @@ class NativeEmbedding:
         # in this order: the compiler need not look into the second
         if not native_serves(images) or images.dtype not in panel_dtypes() or images.numel() == 0:
             return None
-        if torch_module._has_any_global_hook() or any(not _is_plain(tail.conv) for tail in tails):
+        if torch_module._has_any_global_hook() or any(not _plain_conv(tail.conv) for tail in tails):
             return None
         convs = [tail.conv for tail in tails]
         tensors = [cls_token, *(tail.table for tail in tails)]
@@ -79,14 +79,9 @@ class NativeEmbedding:
         return result
 
     def _panels(self, weight: Tensor) -> Tensor:
-        if weight.is_inference() or weight.shape[0] % panel_columns():  # without a version; narrower than its panels
+        if weight.is_inference() or weight.shape[0] % panel_columns():  # has no version; is no whole number of panels
             return weight
-        key = (weight.data_ptr(), weight._version, weight.dtype)
-        kept = self._packed.get(weight)
-        if kept is None or kept[0] != key:
-            source = weight.detach()  # kept, so that no other weight can come to lie at its address
-            kept = key, torch.ops.mtvit_ops_cpp.pack_panels(source.flatten(1)), source
-            self._packed[weight] = kept
+        kept = self._packed[weight] = packed_anew(self._packed.get(weight), weight)
         return kept[1]
 
     def __deepcopy__(self, memo: Any) -> NativeEmbedding:
@@ -96,9 +91,5 @@ class NativeEmbedding:
         return NativeEmbedding, ()
 
 
-def _is_plain(conv: nn.Conv2d) -> bool:
-    return (
-        type(conv) is nn.Conv2d
-        and conv.bias is not None
-        and not (conv._forward_hooks or conv._forward_pre_hooks or "forward" in conv.__dict__)
-    )
+def _plain_conv(conv: nn.Conv2d) -> bool:
+    return type(conv) is nn.Conv2d and conv.bias is not None and is_plain(conv)

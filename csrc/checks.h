@@ -110,6 +110,16 @@ inline void check_rows(const int32_t* rows, int64_t count, int64_t num_rows, con
   }
 }
 
+// The factors of a residual: one a column, (columns,), or one a row, (rows, 1); whether it is one a column.
+inline bool check_scale(const Tensor& scale, int64_t columns, int64_t rows) {
+  MTVIT_CHECK(scale.is_cpu(), "scale must be a CPU tensor");
+  const bool per_column = scale.dim() == 1 && scale.size(0) == columns;
+  const bool per_row = scale.dim() == 2 && scale.size(0) == rows && scale.size(1) == 1;
+  MTVIT_CHECK(per_column || per_row, "scale must have shape (", columns, ",) or (", rows, ", 1), got ",
+              shape_of(scale));
+  return per_column;
+}
+
 // A float32 copy of a small tensor where it is not float32 and contiguous already.
 inline Tensor as_float32(const char* name, const Tensor& t) {
   MTVIT_CHECK(t.is_cpu() && is_float(t.scalar_type()), name, " must be a floating-point CPU tensor");

@@ -32,10 +32,10 @@ SIZES = {  # (batch, channels, height, width, predictor_size)
 }
 
 
-def make_predictor(channels: int, size: int, dtype: torch.dtype, tails: int = 3) -> TailPredictor:
+def make_predictor(channels: int, size: int, dtype: torch.dtype, tails: int = 3, width: int = 1) -> TailPredictor:
     """One that has learned: no number is where it began."""
     torch.manual_seed(0)
-    predictor = TailPredictor(channels, tails, size)
+    predictor = TailPredictor(channels, tails, size, width)
     for part in predictor.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.weight.data.normal_(1.0, 0.3)
@@ -72,6 +72,21 @@ def test_against_float64(case: str, dtype: torch.dtype) -> None:
         assert torch.equal(predictor(images), got)
     assert got.shape == (batch, 3)
     assert_close_to_float64("logits", got, exact, plain)
+
+
+@DTYPES
+@pytest.mark.parametrize("width", [2, 3])
+def test_wider_ones(width: int, dtype: torch.dtype) -> None:
+    predictor = make_predictor(3, 96, dtype, width=width)
+    images = torch.randn(2, 3, 112, 112).to(dtype)
+    with torch.inference_mode():
+        got = native.tail_predictor(*arguments(predictor, images))
+        exact = in_pytorch(copy.deepcopy(predictor).double(), images.double())
+        with _backend.use_backend("reference"):
+            plain = predictor(images)
+        assert torch.equal(predictor(images), got)
+    assert_close_to_float64("logits", got, exact, plain)
+    assert predictor.features[-3].out_channels == 96 * width
 
 
 def test_strides_threads_and_repetition_change_no_bit() -> None:

@@ -44,23 +44,31 @@ MTVIT_INLINE void multiply_rows(int64_t rows, const float* a, int64_t lda, const
   multiply_tile<MR, NV, TURNED>(a, lda, b, depth, c, ldc, add);
 }
 
+// Tiles of at most kRows rows and about one height, as body(first, count): a last tile of one or two rows would wait
+// for its own sums.
+template <typename Body>
+MTVIT_INLINE void for_each_tile(int64_t rows, Body body) {
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = tile * rows / tiles;
+    body(first, (tile + 1) * rows / tiles - first);
+  }
+}
+
 // c (rows, columns) = or += a (rows, depth) times b (depth, columns) in panels; columns is a multiple of W. Long sums
 // are made of sums of kDepth products: rounding errors then grow with the number of parts, not with the depth. A part
-// of a panel meets all rows while it is in the L1 cache, in tiles of about one height; no row's result depends on the
-// others.
+// of a panel meets all rows while it is in the L1 cache; no row's result depends on the others.
 template <bool TURNED = false>
 void multiply(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
               int64_t columns, bool add = false) {
   constexpr int64_t kDepth = 256;
-  const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t j = 0; j < columns; j += 2 * W) {
     const bool wide = j + 2 * W <= columns;
     const float* panel = b + j * depth;
     int64_t k = 0;
     do {
       const int64_t part = depth - k < kDepth ? depth - k : kDepth;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t i = tile * rows / tiles, count = (tile + 1) * rows / tiles - i;
+      for_each_tile(rows, [&](int64_t i, int64_t count) {
         const float* from = TURNED ? a + k * lda + i : a + i * lda + k;
         float* to = c + i * ldc + j;
         if (wide) {
@@ -68,7 +76,7 @@ void multiply(int64_t rows, const float* a, int64_t lda, const float* b, int64_t
         } else {
           multiply_rows<1, TURNED>(count, from, lda, panel + k * W, part, to, ldc, add || k > 0);
         }
-      }
+      });
       k += part;
     } while (k < depth);
   }

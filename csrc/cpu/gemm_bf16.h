@@ -79,18 +79,16 @@ MTVIT_INLINE void multiply_pair_rows(int64_t rows, const float* a, int64_t lda, 
 // kMostPairs. A panel meets all rows while it is in the L1 cache.
 inline void multiply_pairs(int64_t rows, const float* a, int64_t lda, const float* b, int64_t pairs, float* c,
                            int64_t ldc, int64_t columns, float scale) {
-  const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t j = 0; j < columns; j += 2 * W) {
     const bool wide = j + 2 * W <= columns;
     const float* panel = b + j * pairs;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t i = tile * rows / tiles, count = (tile + 1) * rows / tiles - i;
+    for_each_tile(rows, [&](int64_t i, int64_t count) {
       if (wide) {
         multiply_pair_rows<2>(count, a + i * lda, lda, panel, pairs, c + i * ldc + j, ldc, scale);
       } else {
         multiply_pair_rows<1>(count, a + i * lda, lda, panel, pairs, c + i * ldc + j, ldc, scale);
       }
-    }
+    });
   }
 }
 

@@ -194,13 +194,11 @@ void linear_block(const LinearTask& t, int64_t begin, int64_t count, int64_t fir
         for (int64_t i = 0; i < depth * kColumns; i += W) store(widened + i, E::load(b + k * kColumns + i));
         part = widened;
       }
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        // of about one height: a last tile of one or two rows would wait for its own sums
-        const int64_t i = tile * count / tiles, rows = (tile + 1) * count / tiles - i;
+      for_each_tile(count, [&](int64_t i, int64_t rows) {
         if (fetches) next.some();
         if (k + depth == t.k) fetch_out<O>(t, begin + i, rows, panel * kColumns);
         multiply_rows<2, false>(rows, a + i * apart + k, apart, part, depth, sums + i * kColumns, kColumns, k > 0);
-      }
+      });
       k += depth;
     } while (k < t.k);
     for (int64_t i = 0; i < count; ++i) {

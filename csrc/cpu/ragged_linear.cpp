@@ -130,11 +130,7 @@ void add(LinearTask& t, const Tensor& x, const std::optional<Tensor>& rows, cons
   }
   Floats factors;
   if (scale) {
-    const bool per_column = scale->dim() == 1 && scale->size(0) == t.n;
-    const bool per_row = scale->dim() == 2 && scale->size(0) == tokens && scale->size(1) == 1;
-    MTVIT_CHECK(per_column || per_row, "scale must have shape (", t.n, ",) or (", tokens, ", 1), got ",
-                shape_of(*scale));
-    MTVIT_CHECK(scale->is_cpu(), "scale must be a CPU tensor");
+    const bool per_column = check_scale(*scale, t.n, tokens);
     factors = Floats("scale", *scale);
     (per_column ? t.column_scale : t.row_scale) = factors.data();
   }

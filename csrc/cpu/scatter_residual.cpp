@@ -26,9 +26,7 @@ void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, st
   Tensor factors;
   ScatterTask t{};
   if (scale) {
-    const bool per_column = scale->dim() == 1 && scale->size(0) == d;
-    const bool per_row = scale->dim() == 2 && scale->size(0) == count && scale->size(1) == 1;
-    MTVIT_CHECK(per_column || per_row, "scale must have shape (", d, ",) or (", count, ", 1), got ", shape_of(*scale));
+    const bool per_column = check_scale(*scale, d, count);
     factors = as_float32("scale", *scale);
     (per_column ? t.column_scale : t.row_scale) = data<float>(factors);
   }

@@ -22,18 +22,20 @@ class TailPredictor(nn.Module):
         in_chans: image channels.
         num_tails: K.
         image_size: side of what it looks at, pixels.
+        width: times as many channels as ``WIDTHS``.
     """
 
     WIDTHS = (16, 32, 64, 96)
 
-    def __init__(self, in_chans: int, num_tails: int, image_size: int) -> None:
+    def __init__(self, in_chans: int, num_tails: int, image_size: int, width: int = 1) -> None:
         super().__init__()
         self.image_size = image_size
-        layers: list[nn.Module] = [*_conv(in_chans, self.WIDTHS[0], 3, 4, 1)]
-        for width, wider in zip(self.WIDTHS, self.WIDTHS[1:]):
-            layers += [*_conv(width, width, 3, 2, width), *_conv(width, wider, 1, 1, 1)]
+        first, *wider = (width * channels for channels in self.WIDTHS)
+        layers: list[nn.Module] = [*_conv(in_chans, first, 3, 4, 1)]
+        for before, after in zip([first, *wider], wider):
+            layers += [*_conv(before, before, 3, 2, before), *_conv(before, after, 1, 1, 1)]
         self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(self.WIDTHS[-1], num_tails)
+        self.head = nn.Linear(wider[-1], num_tails)
         # no tail is preferred before training
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -43,10 +45,14 @@ class TailPredictor(nn.Module):
         given = None if native is None else self._native_arguments(images)
         if native is not None and given is not None:
             return native(images, self.image_size, *given)
+        return self.head(self.look(images))
+
+    def look(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, P)
+        """What the head reads."""
         size = (self.image_size, self.image_size)
         # no gradient reaches the image; resampling in float32, since not every device resamples half floats
         small = F.interpolate(images.detach().float(), size, mode="bilinear", antialias=True, align_corners=False)
-        return self.head(self.features(small.to(images.dtype)).mean(dim=(2, 3)))
+        return self.features(small.to(images.dtype)).mean(dim=(2, 3))
 
     def macs(self) -> int:
         """Multiply-accumulates for one image."""

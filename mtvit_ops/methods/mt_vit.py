@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_count, check_real, check_sequence
+from .._checks import check_choice, check_count, check_real, check_sequence
 from ..nn.method import Method
 from ..nn.patch_embed import Tail
 from ..nn.vision_transformer import VisionTransformer, ViTConfig
@@ -30,14 +30,18 @@ class MTViTConfig:
     Attributes:
         grids: patches along one side of each tail, rising; the last is the backbone's own.
         predictor_size: side of the image the predictor looks at, pixels, >= 16.
+        predictor_width: times as many channels as the smallest predictor's, >= 1; its operations grow with the square.
         force_tail: take this tail for every image, without asking the predictor; None: ask.
         cost_weight: weight of a tail's relative cost against its score; larger is cheaper, negative dearer.
+        class_head: add a classifier behind the predictor, which only training reads.
     """
 
     grids: tuple[int, ...] = (7, 10, 14)
     predictor_size: int = 96
     force_tail: int | None = None
     cost_weight: float = 0.0
+    predictor_width: int = 1
+    class_head: bool = False
 
     def __post_init__(self) -> None:
         check_sequence("grids", self.grids)
@@ -47,6 +51,8 @@ class MTViTConfig:
         if not self.grids or any(later <= earlier for earlier, later in zip(self.grids, self.grids[1:])):
             raise ValueError(f"grids must rise and hold at least one tail, got {self.grids}")
         check_count("predictor_size", self.predictor_size, 16)
+        check_count("predictor_width", self.predictor_width, 1)
+        check_choice("class_head", self.class_head, (True, False))
         if self.force_tail is not None:
             check_count("force_tail", self.force_tail, 0, len(self.grids) - 1)
         check_real("cost_weight", self.cost_weight, -1e9, 1e9)
@@ -80,7 +86,9 @@ class MTViT(Method):
         self.geometry = tuple(tail_geometry(sizes.img_size, grid) for grid in grids)
         self.lengths = tuple(1 + grid**2 for grid in grids)  # tokens of an image
         if not hasattr(self, "predictor"):
-            self.predictor = TailPredictor(sizes.in_chans, len(grids), self.config.predictor_size)
+            self.predictor = TailPredictor(
+                sizes.in_chans, len(grids), self.config.predictor_size, self.config.predictor_width
+            )
             # the dearest tail is the backbone's own patch embedding
             self.projections = nn.ModuleList(
                 nn.Conv2d(sizes.in_chans, sizes.embed_dim, kernel, kernel, padding)
@@ -90,6 +98,10 @@ class MTViT(Method):
                 nn.Parameter(torch.zeros(1, 1 + grid**2, sizes.embed_dim)) for grid in grids[:-1]
             )
             self.initialise_tails(model)
+        if self.config.class_head and not hasattr(self, "head_cls"):
+            self.head_cls = nn.Linear(self.predictor.head.in_features, sizes.num_classes)
+            nn.init.trunc_normal_(self.head_cls.weight, std=0.02)
+            nn.init.zeros_(self.head_cls.bias)
         predictor = 0 if self.config.force_tail is not None else self.predictor.macs()
         costs = [tail_macs(sizes, grid, kernel) for grid, (kernel, _) in zip(grids, self.geometry)]
         self.relative_costs = tuple((cost + predictor) / costs[-1] for cost in costs)

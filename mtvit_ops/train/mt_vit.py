@@ -28,7 +28,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "dense": {"tails": 1.0, "distillation": 1.0, "flops": 2.0, "entropy": 0.01},
     "sparse": {"flops": 2.0, "entropy": 0.01},
     "tails": {"distillation": 1.0},
-    "regret": {},
+    "regret": {"class_task": 0.0},
 }
 
 
@@ -45,6 +45,8 @@ class MTViTLoss:
         distillation: weight of what the cheaper tails lack of the dearest one's prediction.
         flops: weight of the squared distance of the mean cost from ``cost_target``.
         entropy: weight of the balance of the tails over the batch, against collapse; see ``entropy_weight_at``.
+        class_task: weight of the classifier behind the predictor: what tells classes apart also tells how hard an image
+            is. Above 0 the model must have been made with ``class_head=True``.
         cost_target: wanted mean cost, relative to the dearest tail: between the cheapest tail's and 1.
         estimator: how the predictor learns what a choice is worth. ``"gumbel"``: from a drawn choice, straight through;
             ``"expected"``: from the losses of all tails, weighed by its probabilities, which is the mean of what draws
@@ -53,8 +55,9 @@ class MTViTLoss:
         temperature: of the (Gumbel-)Softmax, (0, 1e6]; see ``temperature_at``.
         label_smoothing: of the cross-entropies, [0, 1].
 
-    Weights lie in [0, 1e9]; None: 1, 1, 2 and 0.01 in this order, and 0 for a term that the mode does not have
-    (sparse: ``tails``, ``distillation``; tails: ``tails``, ``flops``, ``entropy``; regret: all of them).
+    Weights lie in [0, 1e9]; None: 1, 1, 2, 0.01 and 0 in this order, and 0 for a term that the mode does not have
+    (dense: ``class_task``; sparse: ``tails``, ``distillation``, ``class_task``; tails: all but ``distillation``;
+    regret: all but ``class_task``).
     """
 
     mode: str = "dense"
@@ -62,6 +65,7 @@ class MTViTLoss:
     distillation: float | None = None
     flops: float | None = None
     entropy: float | None = None
+    class_task: float | None = None
     cost_target: float = 0.5
     estimator: str = "gumbel"
     one_sided: bool = False
@@ -70,7 +74,7 @@ class MTViTLoss:
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, tuple(DEFAULTS))
-        for name in DEFAULTS["dense"]:
+        for name in ("tails", "distillation", "flops", "entropy", "class_task"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -113,8 +117,9 @@ def loss(
     - ``distillation``: ``sum_k KL(o_K || o_k)`` over the cheaper tails, the dearest held constant.
     - ``flops``: ``(mean relative cost - cost_target)^2``, the mean over the batch of all processes, not an image's own.
     - ``entropy``: minus the entropy of the tails' mean probabilities over that batch.
-    - ``regret``, alone in its mode: the mean over images and tails of ``(s_k + KL(o_K || o_k))^2``, with s the
-      predictor's scores. It asks for no label: whether a tail happened to be right says little about an image.
+    - ``regret``: the mean over images and tails of ``(s_k + KL(o_K || o_k))^2``, with s the predictor's scores. It asks
+      for no label: whether a tail happened to be right says little about an image.
+    - ``class_task``, beside it, where it has a weight: the cross-entropy of the classifier behind the predictor.
 
     Args:
         model: runs ``MTViT``. In training mode the choice is drawn (from PyTorch's generator), in evaluation mode it is
@@ -128,11 +133,12 @@ def loss(
 
     Raises:
         TypeError, ValueError: a model of another method or with a forced tail (but in mode ``"tails"``), a cost target
-            that the tails cannot meet, images or targets that do not fit.
+            that the tails cannot meet, a weight for a classifier that the model does not have, images or targets that
+            do not fit.
 
     All tails of a batch, or all chosen ones, are one packed pass through the encoder. Gradients flow to all parameters
-    of what ran, in mode ``"regret"`` to the predictor's alone; terms are float32 (float64 for float64). No device
-    synchronisation.
+    of what ran, in mode ``"regret"`` to the predictor's and its classifier's alone; terms are float32 (float64 for
+    float64). No device synchronisation.
 
     Source: MT-ViT, arXiv 2203.01587, for the idea; our design, see the module.
     """
@@ -140,13 +146,10 @@ def loss(
     if not isinstance(method, MTViT):
         raise TypeError(f"model must run MTViT, got {type(method).__name__}")
     model.check_images(images)
-    if weights.mode == "regret":
-        _check_choosing(method, weights)
-        check_target(target, len(images), model.config.num_classes, model.cls_token)
-        term = regret_term(_wide(method.predictor(images)), model, images)
-        return term, {"regret": term}
-    terms: dict[str, Tensor] = {}
     factors = weights.of_terms()
+    if weights.mode == "regret":
+        return _weigh(_predictor_terms(model, method, images, target, weights), factors)
+    terms: dict[str, Tensor] = {}
     choice = shares = None
     if weights.mode != "tails":
         _check_target(method, weights, factors["flops"])
@@ -180,9 +183,7 @@ def loss(
     if shares is not None:
         terms["flops"] = flops_term(shares, method.relative_costs, weights.cost_target, weights.one_sided)
         terms["entropy"] = entropy_term(scores)
-    # a term of weight 0 costs no backward pass
-    weighted = [factors[name] * term for name, term in terms.items() if factors[name]]
-    return torch.stack(weighted).sum(), terms
+    return _weigh(terms, factors)
 
 
 def choose(scores: Tensor, temperature: float, noise: Tensor | None = None) -> Choice:
@@ -228,6 +229,23 @@ def regret_term(scores: Tensor, model: VisionTransformer, images: Tensor) -> Ten
     return F.mse_loss(scores, -lacks.T)
 
 
+def _predictor_terms(
+    model: VisionTransformer, method: MTViT, images: Tensor, target: Tensor, weights: MTViTLoss
+) -> dict[str, Tensor]:
+    _check_choosing(method, weights)
+    if weights.class_task and not method.config.class_head:
+        raise ValueError(
+            "class_task must be 0 for a model without a classifier behind its predictor (class_head=True makes one),"
+            f" got {weights.class_task}"
+        )
+    check_target(target, len(images), model.config.num_classes, model.cls_token)
+    seen = method.predictor.look(images)
+    terms = {"regret": regret_term(_wide(method.predictor.head(seen)), model, images)}
+    if weights.class_task:
+        terms["class_task"] = task_loss(_wide(method.head_cls(seen)), target, weights.label_smoothing)
+    return terms
+
+
 def distillation_term(logits: Tensor) -> Tensor:
     """Sum over the cheaper tails of KL(dearest || tail), batch mean, from (K, B, C); the dearest learns nothing."""
     students = logits[:-1].log_softmax(dim=2)
@@ -263,6 +281,12 @@ def temperature_at(progress: float, start: float = 5.0, end: float = 0.5) -> flo
     check_real("start", start, 0.0, 1e6, open_low=True)
     check_real("end", end, 0.0, 1e6, open_low=True)
     return float(start * (end / start) ** progress)
+
+
+def _weigh(terms: dict[str, Tensor], factors: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    # a term of weight 0 costs no backward pass
+    weighted = [factors[name] * term for name, term in terms.items() if factors[name]]
+    return torch.stack(weighted).sum(), terms
 
 
 def _wide(logits: Tensor) -> Tensor:

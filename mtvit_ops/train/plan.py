@@ -115,7 +115,7 @@ class MTViTPlan(Plan):
         return 1.0 if parameter.startswith(_PREDICTOR) else self.encoder_lr
 
 
-_PREDICTOR = "method.predictor."
+_PREDICTOR = ("method.predictor.", "method.head_cls.")
 _PLANS: dict[type, type[Plan]] = {EvoViT: EvoViTPlan, Life: LifePlan, MTViT: MTViTPlan}
 
 

@@ -97,8 +97,9 @@ def test_relative_costs() -> None:
     assert extra == pytest.approx([asking.predictor.macs() / 4.5989e9] * 3, rel=1e-3)
 
 
-def test_the_predictors_operations_are_counted_right() -> None:
-    predictor = adaptive(predictor_size=96).method.predictor
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_predictors_operations_are_counted_right(width: int) -> None:
+    predictor = adaptive(predictor_size=96, predictor_width=width).method.predictor
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         predictor(make_images(1))
     assert counter.get_total_flops() == 2 * predictor.macs()
@@ -254,6 +255,8 @@ def test_default_grids(side: int, grids: tuple[int, ...]) -> None:
         ({"grids": (2, 3, 4), "force_tail": -1}, ValueError, "force_tail"),
         ({"grids": (2, 3, 4), "force_tail": 1.0}, TypeError, "force_tail"),
         ({"grids": (2, 3, 4), "predictor_size": 8}, ValueError, "predictor_size must be >= 16, got 8"),
+        ({"grids": (2, 3, 4), "predictor_width": 0}, ValueError, "predictor_width must be >= 1, got 0"),
+        ({"grids": (2, 3, 4), "class_head": "yes"}, ValueError, "class_head must be one of True, False, got 'yes'"),
         ({"grids": (2, 3, 4), "cost_weight": float("nan")}, ValueError, "cost_weight"),
     ],
 )
@@ -264,4 +267,5 @@ def test_bad_configuration(options: dict[str, Any], error: type[Exception], matc
 
 
 def test_the_default_configuration_is_the_specifications() -> None:
-    assert MTViTConfig() == MTViTConfig(grids=(7, 10, 14), predictor_size=96, force_tail=None, cost_weight=0.0)
+    wanted = {"grids": (7, 10, 14), "predictor_size": 96, "force_tail": None, "cost_weight": 0.0}
+    assert dataclasses.asdict(MTViTConfig()) == {**wanted, "predictor_width": 1, "class_head": False}

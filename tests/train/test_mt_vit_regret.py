@@ -1,4 +1,4 @@
-"""MT-ViT's predictor alone: its scores learn what each tail's prediction lacks of the dearest one's."""
+"""MT-ViT's predictor alone: its scores learn what each tail's prediction lacks of the dearest one's, and classes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_cases import assert_rounding, build, in_float64, make_images
 from torch import Tensor
+from torch.nn import functional as F
 
 from mtvit_ops.nn import VisionTransformer
 from mtvit_ops.testing import assert_equal
@@ -20,10 +21,11 @@ BATCH = 6
 TARGET = torch.tensor([1, 4, 0, 7, 3, 3])
 REGRET = MTViTLoss("regret")
 PREDICTOR = "method.predictor."
+CLASS_HEAD = "method.head_cls."
 
 
-def adaptive(device: str = "cpu") -> VisionTransformer:
-    return build("mtvit", device=device, predictor_size=32)
+def adaptive(device: str = "cpu", class_head: bool = False) -> VisionTransformer:
+    return build("mtvit", device=device, predictor_size=32, class_head=class_head)
 
 
 def lacking(model: VisionTransformer, images: Tensor) -> Tensor:
@@ -59,6 +61,39 @@ def test_the_loss_by_hand(backend: str, device: str) -> None:
             assert value.grad is None, name
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_classes_beside_it_by_hand(soft: bool) -> None:
+    model = in_float64(adaptive(class_head=True))
+    images = make_images(BATCH).to(torch.float64)
+    target = torch.randn(BATCH, 10, dtype=torch.float64).softmax(dim=1) if soft else TARGET
+    total, terms = loss(
+        model, images, target, MTViTLoss("regret", class_task=0.3, label_smoothing=0.0 if soft else 0.1)
+    )
+    total.backward()
+    twin = copy.deepcopy(model.method)
+    twin.zero_grad()
+    regret = (twin.predictor(images) + lacking(model, images)).square().mean()
+    seen = []
+    twin.predictor.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    twin.predictor(images)
+    logits = twin.head_cls(seen[0]).log_softmax(dim=1)
+    shares = target if soft else 0.9 * F.one_hot(TARGET, 10).double() + 0.01
+    classes = -(shares * logits).sum() / BATCH
+    (regret + 0.3 * classes).backward()
+    assert list(terms) == ["regret", "class_task"]
+    assert_rounding(terms["regret"].detach(), regret.detach())
+    assert_rounding(terms["class_task"].detach(), classes.detach())
+    assert_rounding(total.detach(), (regret + 0.3 * classes).detach())
+    grads = {f"method.{name}": value.grad for name, value in twin.named_parameters()}
+    for name, value in model.named_parameters():
+        if name.startswith((PREDICTOR, CLASS_HEAD)):
+            assert value.grad is not None, name
+            assert_rounding(value.grad, grads[name])
+            assert bool((value.grad != 0).any()), name
+        else:
+            assert value.grad is None, name
+
+
 def test_labels_say_nothing() -> None:
     model, images = adaptive(), make_images(BATCH)
     first = compute_loss(model, images, TARGET, mode="regret")[0].detach()
@@ -83,6 +118,10 @@ def test_autocast(backend: str, device: str) -> None:
 
 
 def test_wrong_use() -> None:
+    with pytest.raises(ValueError, match="class_task must be 0 in mode 'dense'"):
+        MTViTLoss(class_task=1.0)
+    with pytest.raises(ValueError, match="class_task must be 0 for a model without a classifier behind its predictor"):
+        loss(adaptive(), make_images(BATCH), TARGET, MTViTLoss("regret", class_task=1.0))
     with pytest.raises(ValueError, match="flops must be 0 in mode 'regret'"):
         MTViTLoss("regret", flops=1.0)
     with pytest.raises(ValueError, match="estimator must be 'gumbel' in mode 'regret'"):
@@ -96,12 +135,13 @@ def test_wrong_use() -> None:
 
 
 def test_the_plan_lets_the_predictor_alone_learn() -> None:
-    model = adaptive().train()
-    plan = make_plan(model, {})
+    model = adaptive(class_head=True).train()
+    plan = make_plan(model, {"encoder_lr": 0.1})
     for progress in (0.0, 0.5, 1.0):
         assert plan.at(model, {"mode": "regret"}, progress) == {"mode": "regret"}
         learning = {name for name, value in model.named_parameters() if value.requires_grad}
-        assert learning == {name for name, _ in model.named_parameters() if name.startswith(PREDICTOR)}
+        assert learning == {name for name, _ in model.named_parameters() if name.startswith((PREDICTOR, CLASS_HEAD))}
+        assert {plan.lr_scale(name) for name in learning} == {1.0}
 
 
 def test_scores_come_to_rank_the_images() -> None:

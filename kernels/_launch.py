@@ -25,6 +25,13 @@ def row_tile(columns: int) -> tuple[int, int]:
     return max(1, ROW_ELEMENTS // width), width
 
 
+def apart_from(x: Tensor, other: Tensor | None) -> Tensor | None:
+    """A copy where it lies in x's memory: programs run in no order, none may write what another still reads."""
+    if other is None or other.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+        return other
+    return other.clone()
+
+
 # of token_select
 LONGEST_TILE = 4096  # an image up to this length stays in registers: 16 values for each thread of 8 warps
 PIECE = 1024  # of an image that may be longer, or whose length nobody bounded: most are shorter than this

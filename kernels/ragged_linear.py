@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ._launch import (
     LinearTile,
+    apart_from,
     descriptors_fit,
     dot_precision,
     linear_programs,
@@ -221,8 +222,7 @@ def ragged_linear_residual_(
     tile: LinearTile | None = None,
     tma: bool = False,
 ) -> None:
-    if a.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-        a = a.clone()  # programs run in no order: none may write what another still reads
+    a, bias, scale = apart_from(x, a), apart_from(x, bias), apart_from(x, scale)
     _run(x, a, weight, bias, cu_seqlens, residual=True, rows=rows, scale=scale, tile=tile, tma=tma)
 
 

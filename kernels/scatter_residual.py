@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device_of, row_tile
+from ._launch import apart_from, on_device_of, row_tile
 from ._math import rounded
 
 NO_SCALE, COLUMN_SCALE, ROW_SCALE = 0, 1, 2  # none, (D,), (T, 1)
@@ -113,8 +113,7 @@ def scatter_residual_(x: Tensor, rows: Tensor | None, y: Tensor, scale: Tensor |
     tokens, columns = y.shape
     if tokens == 0 or columns == 0:
         return
-    if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-        y = y.clone()  # programs run in no order: none may write what another still reads
+    y, scale = apart_from(x, y), apart_from(x, scale)
     block_t, block_d = row_tile(columns)
     grid = (triton.cdiv(tokens, block_t), triton.cdiv(columns, block_d))
     with on_device_of(x):

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import FORWARD_VALUES, on_device_of, whole_row_tile
+from ._launch import FORWARD_VALUES, apart_from, on_device_of, whole_row_tile
 from ._math import rounded
 from .gather_layer_norm import empty_statistics, normalised, store_normed
 from .scatter_residual import scale_kind, scaled
@@ -82,8 +82,7 @@ def scatter_residual_layer_norm(
 def scatter_residual_layer_norm_(
     x: Tensor, rows: Tensor | None, y: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None
 ) -> Tensor:
-    if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-        y = y.clone()  # programs run in no order: none may write what another still reads
+    y, scale = apart_from(x, y), apart_from(x, scale)
     return _launch(x, rows, y, weight, bias, eps, scale, x)[0]
 
 

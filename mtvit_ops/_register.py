@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _backend, _extension
 
@@ -127,6 +128,11 @@ def _dispatch(
     return run
 
 
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation looks into every operator."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def native_serves(x: torch.Tensor) -> bool:
     """Whether a native operator alone may take ``x``, without gradient or fake: inference on the CPU, where nobody
     watches operators or asks for another backend.
@@ -134,6 +140,8 @@ def native_serves(x: torch.Tensor) -> bool:
     if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if x.dtype not in NATIVE_DTYPES or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
+        return False
+    if is_transformed():
         return False
     return _extension.has_extension() and _backend.preferred_backend() in (None, "cpp")
 

@@ -165,6 +165,25 @@ def test_serves_in_inference_and_steps_aside_elsewhere(monkeypatch: pytest.Monke
         assert served()
 
 
+CHANGED = {  # place among the features, and what stands there now
+    "bias": (0, lambda: nn.Conv2d(3, 16, 3, 4, 1)),
+    "stride": (0, lambda: nn.Conv2d(3, 16, 3, 2, 1, bias=False)),
+    "padding": (0, lambda: nn.Conv2d(3, 16, 3, 4, 0, bias=False)),
+    "padding mode": (0, lambda: nn.Conv2d(3, 16, 3, 4, 1, bias=False, padding_mode="reflect")),
+    "dilation": (3, lambda: nn.Conv2d(16, 16, 3, 2, 1, 2, groups=16, bias=False)),
+    "pointwise stride": (6, lambda: nn.Conv2d(16, 32, 1, 2, bias=False)),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_changed_layer_runs_itself(case: str) -> None:
+    place, make = CHANGED[case]
+    predictor, images = make_predictor(3, 64, torch.float32), torch.randn(2, 3, 80, 80)
+    predictor.features[place] = make()
+    with torch.inference_mode():
+        assert torch.equal(predictor(images), in_pytorch(predictor, images))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_model_chooses_as_with_pytorch_s_layers(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

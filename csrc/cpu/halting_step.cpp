@@ -46,10 +46,8 @@ bool step_token(const Gate& gate, const State& s, int64_t row, float channel) {
   s.share[row] = reached ? s.remainder[row] : going ? step : 0.0f;
   s.cumulative[row] = grown;
   s.ponder[row] += reached ? 1.0f + s.remainder[row] : 1.0f;
-  if (going) {
-    s.remainder[row] -= step;
-    ++s.counters[row];
-  }
+  s.remainder[row] -= step * static_cast<float>(going);  // a NaN stays one
+  s.counters[row] += going;
   return going;
 }
 

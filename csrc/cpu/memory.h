@@ -98,17 +98,23 @@ class Floats {
   const float* begin_ = nullptr;
 };
 
-// Whether two matrices with a last stride of 1 share memory, or might.
+// Whether two tensors share memory, or might.
 inline bool overlap(const Tensor& a, const Tensor& b) {
   if (a.numel() == 0 || b.numel() == 0) return false;
   const auto range = [](const Tensor& t) {
     const auto* first = static_cast<const char*>(t.data_ptr());
-    const int64_t last = (t.size(0) - 1) * t.stride(0) + t.size(1);
+    int64_t last = 1;
+    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
     return std::make_pair(first, first + last * static_cast<int64_t>(t.element_size()));
   };
   const auto [a_first, a_end] = range(a);
   const auto [b_first, b_end] = range(b);
   return a_first < b_end && b_first < a_end;
+}
+
+// What is read while x is written: a copy where it lies in x's memory, or it would not be what it was.
+inline Tensor apart_from(const Tensor& x, const Tensor& t) {
+  return overlap(x, t) ? torch::stable::clone(t) : t;
 }
 
 }  // namespace mtvit_ops

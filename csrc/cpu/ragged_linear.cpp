@@ -166,11 +166,11 @@ Tensor ragged_linear(const Tensor& given, const Tensor& weight, std::optional<Te
 void ragged_linear_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& given, const Tensor& weight,
                              std::optional<Tensor> bias, const Tensor& cu_seqlens, std::optional<Tensor> scale) {
   check_dim("x", x, 2, "(R, N)");
-  Tensor a = left(given);
+  const Tensor a = apart_from(x, left(given));
   const int64_t live = live_of(cu_seqlens, a.size(0));
-  // what is read while others write would not be what it was
-  if (overlap(x, a)) a = torch::stable::clone(a);
   const Panels panels(weight, a.size(1), a.scalar_type());
+  if (bias) bias = apart_from(x, *bias);
+  if (scale) scale = apart_from(x, *scale);
   const Floats shift = bias_of(bias, panels.n, a.scalar_type());
   LinearTask t = task_of(a, panels, shift, false);
   add(t, x, rows, scale, a.size(0), live);

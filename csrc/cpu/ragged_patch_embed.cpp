@@ -7,6 +7,7 @@
 // kernel, not by oneDNN, straight onto the positions; it alone reads packed weights.
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -124,6 +125,9 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor
     geometry.push_back(tail_of(k, images, prefix, weights[k], biases[k], tables[k], strides[k], paddings[k], panels));
     longest = std::max(longest, num_prefix + geometry[k].patches());
   }
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  MTVIT_CHECK(longest <= kMost && batch * longest <= kMost, "all images together must have at most ", kMost,
+              " tokens, got ", batch, " images of up to ", longest);
 
   Tensor offsets = empty_int32(std::array{batch + 1});
   auto* cu = mutable_data<int32_t>(offsets);

@@ -27,13 +27,12 @@ void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, st
   ScatterTask t{};
   if (scale) {
     const bool per_column = check_scale(*scale, d, count);
-    factors = as_float32("scale", *scale);
+    factors = apart_from(x, as_float32("scale", *scale));
     (per_column ? t.column_scale : t.row_scale) = data<float>(factors);
   }
   if (rows) check_rows(data<int32_t>(list), count, x.size(0));
-  // a last stride other than 1 costs a copy, and so does a y that lies in the memory being written
-  Tensor step = d <= 1 || y.stride(1) == 1 ? y : as_contiguous(y);
-  if (overlap(x, step)) step = torch::stable::clone(step);
+  // a last stride other than 1 costs a copy
+  const Tensor step = apart_from(x, d <= 1 || y.stride(1) == 1 ? y : as_contiguous(y));
   t.dtype = dtype;
   t.x = x.data_ptr();
   t.rows = rows ? data<int32_t>(list) : nullptr;

@@ -275,7 +275,8 @@ Attended packed_attention(const Tensor& qkv, int64_t heads, const Tensor& cu_seq
   const Problem p{part(0),           part(1),        part(2), qkv.size(0), qkv.size(0), offsets,
                   offsets,           cu.size(0) - 1, heads,   d,           d,           check_dtype("qkv", qkv),
                   qkv.element_size()};
-  check_attention_offsets(p.cu_q, p.cu_k, p.batch, p.total_q, p.total_k, max_seqlen, max_seqlen);
+  const int64_t longest = check_cu_seqlens("cu_seqlens", offsets, p.batch, p.total_q);
+  MTVIT_CHECK_VALUE(max_seqlen >= longest, "max_seqlen must be at least ", longest, ", got ", max_seqlen);
   return attend(p, kept_as(Place::attended, qkv, std::array{p.total_q, heads, d}), scale, std::nullopt, scores);
 }
 

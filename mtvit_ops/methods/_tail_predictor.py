@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as torch_module
 
 from .._register import Kernel, native_kernel, native_serves
-from ..nn.half_block import is_plain
 from ..nn.linear import PackedLinear
+from ..nn.plain import is_plain, modules_are_watched
 
 
 class TailPredictor(nn.Module):
@@ -69,6 +69,7 @@ class TailPredictor(nn.Module):
         eps = None
         parts = [*self.features._modules.values()]
         kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+        shapes = _geometry(len(self.WIDTHS))
         head = self._modules["head"]
         if (
             len(parts) != 6 * len(self.WIDTHS) - 3
@@ -85,7 +86,10 @@ class TailPredictor(nn.Module):
                 return None
             parameters = part._parameters
             if index % 3 == 0:
-                layers.append(parameters.get("weight"))  # type: ignore[arg-type]
+                weight = parameters.get("weight")
+                if weight is None or parameters.get("bias") is not None or not _has_geometry(part, *shapes[index // 3]):
+                    return None
+                layers.append(weight)
             elif index % 3 == 1:
                 eps = part.eps if eps is None else eps
                 mean, var = part._buffers["running_mean"], part._buffers["running_var"]
@@ -94,8 +98,12 @@ class TailPredictor(nn.Module):
                 layers += [parameters.get("weight"), parameters.get("bias"), mean, var]  # type: ignore[list-item]
         weight, bias = head._parameters.get("weight"), head._parameters.get("bias")
         tensors = [*layers, weight, bias]
-        if any(tensor is None or not tensor.is_cpu or tensor.dtype is not images.dtype for tensor in tensors):
-            return None
+        for tensor in tensors:
+            # a subclass, quantised, say, knows better
+            if tensor is None or type(tensor) not in (nn.Parameter, Tensor):
+                return None
+            if not tensor.is_cpu or tensor.dtype is not images.dtype:
+                return None
         return layers, eps, weight, bias
 
 
@@ -104,8 +112,18 @@ def _conv(width: int, wider: int, kernel: int, stride: int, groups: int) -> list
     return [conv, nn.BatchNorm2d(wider), nn.ReLU()]
 
 
+@cache
+def _geometry(widths: int) -> list[tuple[int, int, bool]]:
+    """Kernel, stride and whether each channel stays by itself, of every convolution."""
+    return [(3, 4, False), *((3, 2, True), (1, 1, False)) * (widths - 1)]
+
+
+def _has_geometry(conv: Any, kernel: int, stride: int, alone: bool) -> bool:
+    groups = conv.in_channels if alone else 1
+    square = (conv.kernel_size, conv.stride, conv.padding) == ((kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2)
+    return square and conv.dilation == (1, 1) and conv.groups == groups and conv.padding_mode == "zeros"
+
+
 def _native_for(images: Tensor) -> Kernel | None:
     """The native operator, where it may serve and nobody watches modules."""
-    return (
-        native_kernel("tail_predictor") if native_serves(images) and not torch_module._has_any_global_hook() else None
-    )
+    return native_kernel("tail_predictor") if native_serves(images) and not modules_are_watched() else None

@@ -99,7 +99,8 @@ class EvoViT(Method):
 
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, EvoViTState]:
         tokens = model.embed(images)
-        return tokens, EvoViTState(tokens, torch.zeros(tokens.x.shape[0], device=tokens.x.device), None, None)
+        scores = torch.zeros(tokens.x.shape[0], dtype=torch.float32, device=tokens.x.device)
+        return tokens, EvoViTState(tokens, scores, None, None)
 
     def before_block(self, index: int, tokens: RaggedTokens, state: EvoViTState) -> tuple[RaggedTokens, EvoViTState]:
         if not self.selects[index]:

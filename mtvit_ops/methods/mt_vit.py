@@ -29,7 +29,7 @@ class MTViTConfig:
     """
     Attributes:
         grids: patches along one side of each tail, rising; the last is the backbone's own.
-        predictor_size: side of the image the predictor looks at, pixels, >= 16.
+        predictor_size: side of the image the predictor looks at, pixels, in [16, 4096].
         predictor_width: times as many channels as the smallest predictor's, >= 1; its operations grow with the square.
         force_tail: take this tail for every image, without asking the predictor; None: ask.
         cost_weight: weight of a tail's relative cost against its score; larger is cheaper, negative dearer.
@@ -50,7 +50,7 @@ class MTViTConfig:
             check_count("grids", grid, 1)
         if not self.grids or any(later <= earlier for earlier, later in zip(self.grids, self.grids[1:])):
             raise ValueError(f"grids must rise and hold at least one tail, got {self.grids}")
-        check_count("predictor_size", self.predictor_size, 16)
+        check_count("predictor_size", self.predictor_size, 16, 4096)
         check_count("predictor_width", self.predictor_width, 1)
         check_choice("class_head", self.class_head, (True, False))
         if self.force_tail is not None:
@@ -66,7 +66,7 @@ class MTViTState(NamedTuple):
 
 
 class MTViT(Method):
-    """All tails of a batch share one packed pass through the encoder.
+    """All tails of a batch share one packed pass through the encoder; their convolutions are read, not called.
 
     Trace extras: ``tail`` (B,), int64; ``predictor_logits`` (B, K), unless a tail was forced.
     """
@@ -145,7 +145,7 @@ class MTViT(Method):
         # by number: PyTorch 2.11 cannot compile a walk over the list
         tables = [*(self.pos_embeds[index] for index in range(len(self.pos_embeds))), model.pos_embed]
         tails = [Tail(conv, table, *geometry) for conv, table, geometry in zip(convs, tables, self.geometry)]
-        native = model.native_embedding(images, tail, model.cls_token, tails)
+        native = model.embed_natively(images, tail, tails)
         if native is not None:
             return native
         return ragged_patch_embed(

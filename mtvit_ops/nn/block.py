@@ -14,12 +14,15 @@ from ..ops.varlen_attention import SCORES
 from ..ragged import RaggedTokens
 from . import ragged_block
 from .attention import Attention
-from .half_block import attention_half_, block_, feed_forward_half_, is_plain_norm
+from .half_block import attention_half_, block_, feed_forward_half_
 from .mlp import Mlp
+from .plain import is_plain_norm
 
 
 class Block(nn.Module):
     """Attention and MLP in two halves, so that a method may act between them; timm's parameter names.
+
+    A model walks through the halves and never calls the block itself: hooks belong on the layers within.
 
     Args:
         dim, num_heads: width and heads.
@@ -124,6 +127,8 @@ class Attended(NamedTuple):
 def _normed(tokens: RaggedTokens, norm: nn.LayerNorm) -> Tensor:
     if tokens.rows is None:
         return norm(tokens.x)
+    if not is_plain_norm(norm):
+        return norm(tokens.packed())
     return GATHER_LAYER_NORM(tokens.x, tokens.rows, norm.weight, norm.bias, norm.eps)[0]
 
 

@@ -8,13 +8,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from .. import _backend, _extension
 from .._cpu_linear import linear_dtypes, panel_dtypes
 from .._register import native_operator, native_serves
 from ..ragged import RaggedTokens
 from .linear import PackedLinear
+from .plain import affine, is_plain, modules_are_watched
 from .prepared import Prepared
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _attention_arguments(block: Block, x: Tensor) -> tuple[Arguments, Arguments]
     attn = parts["attn"]
     if not is_plain(attn):
         return None
-    norm = _affine(parts["norm1"])
+    norm = affine(parts["norm1"])
     qkv, proj = _weights(x, attn._modules["qkv"]), _weights(x, attn._modules["proj"])
     if norm is None or qkv is None or proj is None:
         return None
@@ -134,7 +134,7 @@ def _feed_forward_arguments(block: Block, x: Tensor) -> Arguments | None:
     mlp = parts["mlp"]
     if not is_plain(mlp):
         return None
-    norm = _affine(parts["norm2"])
+    norm = affine(parts["norm2"])
     fc1, fc2 = _weights(x, mlp._modules["fc1"]), _weights(x, mlp._modules["fc2"])
     if norm is None or fc1 is None or fc2 is None:
         return None
@@ -158,31 +158,9 @@ def _halves_for(x: Tensor) -> _Halves | None:
     if not native_serves(x) or x.numel() == 0 or x.dtype not in linear_dtypes():
         return None
     # whoever watches modules wants to see each
-    if torch_module._has_any_global_hook():
+    if modules_are_watched():
         return None
     return _native_halves(x.dtype in panel_dtypes())
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether the module's class alone says what it computes."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-def is_plain_norm(norm: nn.Module) -> bool:
-    return _affine(norm) is not None
-
-
-# Parameters are read from the dicts that hold them: a module's attribute look-up would cost more than all checks here.
-
-
-def _affine(norm: Any) -> tuple[Tensor, Tensor, float] | None:
-    """Weight, bias and epsilon; None: the layer norm must run itself."""
-    if not (type(norm) is nn.LayerNorm and is_plain(norm)):
-        return None
-    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
-    if weight is None or bias is None:
-        return None
-    return weight, bias, norm.eps
 
 
 def _weights(x: Tensor, layer: Any) -> tuple[Tensor, Tensor | None] | None:

@@ -8,9 +8,12 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import _backend
 from .._cpu_linear import onednn_dtypes, panel_columns, panel_dtypes
+from .._register import is_transformed
+from .plain import is_plain, modules_are_watched
 
 
 def linear(x: Tensor, layer: nn.Module, *, gelu: bool = False) -> Tensor:
@@ -27,20 +30,15 @@ def linear(x: Tensor, layer: nn.Module, *, gelu: bool = False) -> Tensor:
     Returns:
         (T, out_features), dtype of ``x``.
 
-    Gradients flow wherever they are needed: PyTorch's own layers serve then. Hooks of the layer run.
+    Gradients flow wherever they are needed: PyTorch's own layers serve then. Hooks run, and so does a ``forward`` that
+    was put on the layer.
 
     Equivalent PyTorch: ``F.gelu(layer(x)) if gelu else layer(x)``.
     """
     # a subclass of layer or weight (quantised, say) knows better how to multiply
     if type(layer) is PackedLinear or type(layer) is nn.Linear:
         weight = layer.weight
-        if (
-            type(weight) is nn.Parameter
-            and _serves(x, weight)
-            and not (
-                layer._forward_hooks or layer._forward_pre_hooks  # somebody wants to see the layer run
-            )
-        ):
+        if type(weight) is nn.Parameter and _serves(x, weight) and _is_itself(layer):
             if type(layer) is PackedLinear:
                 weight = layer.packed_weight(weight)
             return cpu_linear(x, weight, layer.bias, gelu)
@@ -60,8 +58,8 @@ def linear_patches(images: Tensor, conv: nn.Conv2d) -> Tensor:
 
     Equivalent PyTorch: ``conv(images).flatten(2).transpose(1, 2)``.
     """
-    weight, hooks = conv.weight, conv._forward_hooks or conv._forward_pre_hooks
-    if hooks or not (type(weight) is nn.Parameter and _serves(images, weight)):
+    weight = conv.weight
+    if not (type(weight) is nn.Parameter and _serves(images, weight) and _is_itself(conv)):
         return conv(images).flatten(2).transpose(1, 2)
     batch, channels, height, width = images.shape
     side = weight.shape[-1]
@@ -79,8 +77,22 @@ def packed_anew(kept: Packed | None, weight: Tensor) -> Packed:
     key = (weight.data_ptr(), weight._version, weight.dtype)
     if kept is not None and kept[0] == key:
         return kept
+    _watch_fused_steps()
     source = weight.detach()  # kept, so that no other weight can come to lie at its address
     return key, _pack(source.flatten(1)), source
+
+
+@cache
+def _watch_fused_steps() -> None:
+    """From the first packing on, steps of fused optimisers count as the changes they are."""
+    register_optimizer_step_post_hook(_count_fused_step)
+
+
+def _count_fused_step(optimiser: torch.optim.Optimizer, *_: object) -> None:
+    for group in optimiser.param_groups:
+        if group.get("fused"):  # the only ones that write weights without a new version
+            for parameter in group["params"]:
+                torch.autograd.graph.increment_version(parameter)
 
 
 class PackedLinear(nn.Module):
@@ -119,9 +131,10 @@ class PackedLinear(nn.Module):
 def pack_weights(model: nn.Module) -> nn.Module:
     """Make the ``nn.Linear`` layers of a model ``PackedLinear`` ones, in place, for faster inference on the CPU.
 
-    Works on any model, ours or not; layers with hooks, or whose weight is computed (``torch.nn.utils.prune``), are left
-    alone. Parameters and state dict stay what they are; memory grows by the size of the linear weights at the first
-    inference. Training and other devices run as before.
+    Works on any model, ours or not; layers with hooks or a ``forward`` of their own, or whose weight is computed
+    (``torch.nn.utils.prune``), are left alone. Ours also keep their patch embedding's weight packed then. Parameters
+    and state dict stay what they are; memory grows by the size of the packed weights at the first inference. Training
+    and other devices run as before. Changes through ``.data`` are not seen by what is packed.
 
     Args:
         model: any module; layers of a subclass of ``nn.Linear`` are left alone.
@@ -134,19 +147,24 @@ def pack_weights(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
-    if type(model) is nn.Linear and _is_plain(model):
+    if type(model) is nn.Linear and _can_be_packed(model):
         return PackedLinear(model).train(model.training)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear and _is_plain(child):
+            if type(child) is nn.Linear and _can_be_packed(child):
                 setattr(parent, name, PackedLinear(child).train(child.training))
     return model
 
 
-def _is_plain(layer: nn.Linear) -> bool:
+def _can_be_packed(layer: nn.Linear) -> bool:
     """Whether the layer's own parameters and nothing else say what it computes."""
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return {"weight", "bias"} <= layer._parameters.keys() and not any(hooks)
+    watched = layer._backward_hooks or layer._backward_pre_hooks
+    return {"weight", "bias"} <= layer._parameters.keys() and is_plain(layer) and not watched
+
+
+def _is_itself(layer: nn.Module) -> bool:
+    """Whether a kernel may stand in for the layer here and now."""
+    return is_plain(layer) and not modules_are_watched()
 
 
 def unpack_weights(model: nn.Module) -> nn.Module:
@@ -194,7 +212,7 @@ def cpu_kernel_serves(x: Tensor) -> bool:
     """Whether a kernel takes ``x``: for inference on the CPU, where nothing asks for another way."""
     if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+    if x.numel() == 0 or torch.is_autocast_enabled("cpu") or is_transformed():
         return False
     preferred = _backend.preferred_backend()
     if x.dtype in panel_dtypes():

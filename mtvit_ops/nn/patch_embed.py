@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .._cpu_linear import panel_columns, panel_dtypes
 from .._register import native_kernel, native_serves
-from .half_block import is_plain
 from .linear import Packed, linear_patches, packed_anew
+from .plain import is_plain, modules_are_watched
 
 
 class PatchEmbed(nn.Module):
@@ -37,17 +35,17 @@ class Tail(NamedTuple):
 
 
 class NativeEmbedding:
-    """Patches, class token and positions as one native operator, which keeps the convolutions' weights packed.
+    """Patches, class token and positions as one native operator, which can keep the convolutions' weights packed.
 
     Serves where our own kernel multiplies (``_cpu_linear``). Weights changed in place, loaded, moved or cast are packed
     anew; changes through ``.data`` are not seen, as in ``PackedLinear``.
     """
 
     def __init__(self) -> None:
-        self._packed: MutableMapping[Tensor, Packed] = WeakIdKeyDictionary()  # by weight, as long as it lives
+        self._packed: dict[tuple[int, int], Packed] = {}  # by the tail's place and the number of tails
 
     def __call__(
-        self, images: Tensor, chosen: Tensor | None, cls_token: Tensor, tails: Sequence[Tail]
+        self, images: Tensor, chosen: Tensor | None, cls_token: Tensor, tails: Sequence[Tail], keep: bool
     ) -> tuple[Tensor, Tensor] | None:
         """What ``ragged_patch_embed`` gives, (B * longest, D) and offsets; None: it cannot serve here.
 
@@ -56,11 +54,12 @@ class NativeEmbedding:
             chosen: each image's tail, (B,), int32; None: there is one.
             cls_token: (1, 1, D).
             tails: K of them.
+            keep: pack the weights once, for all calls.
         """
         # in this order: the compiler need not look into the second
         if not native_serves(images) or images.dtype not in panel_dtypes() or images.numel() == 0:
             return None
-        if torch_module._has_any_global_hook() or any(not _plain_conv(tail.conv) for tail in tails):
+        if modules_are_watched() or any(not _plain_conv(tail.conv) for tail in tails):
             return None
         convs = [tail.conv for tail in tails]
         tensors = [cls_token, *(tail.table for tail in tails)]
@@ -68,8 +67,10 @@ class NativeEmbedding:
         if any(type(tensor) is not nn.Parameter or tensor.dtype is not images.dtype for tensor in tensors):
             return None
         if chosen is None:
-            chosen = torch.zeros(len(images), dtype=torch.int32)
-        weights = [self._panels(conv.weight) for conv in convs]
+            chosen = torch.zeros(len(images), dtype=torch.int32, device=images.device)
+        weights = [conv.weight for conv in convs]
+        if keep:
+            weights = [self._panels((place, len(convs)), weight) for place, weight in enumerate(weights)]
         biases, tables = [conv.bias for conv in convs], [tail.table[0] for tail in tails]
         strides, paddings = [tail.stride for tail in tails], [tail.padding for tail in tails]
         embed = native_kernel("ragged_patch_embed")
@@ -78,10 +79,10 @@ class NativeEmbedding:
         )
         return result
 
-    def _panels(self, weight: Tensor) -> Tensor:
+    def _panels(self, place: tuple[int, int], weight: Tensor) -> Tensor:
         if weight.is_inference() or weight.shape[0] % panel_columns():  # has no version; is no whole number of panels
             return weight
-        kept = self._packed[weight] = packed_anew(self._packed.get(weight), weight)
+        kept = self._packed[place] = packed_anew(self._packed.get(place), weight)
         return kept[1]
 
     def __deepcopy__(self, memo: Any) -> NativeEmbedding:

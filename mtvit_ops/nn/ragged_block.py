@@ -10,7 +10,7 @@ from .. import _backend
 from ..ops import ragged_linear, ragged_linear_residual, ragged_linear_residual_
 from ..ops.varlen_attention import SCORES, VARLEN_ATTENTION
 from ..ragged import RaggedTokens
-from .half_block import is_plain
+from .plain import is_plain
 
 if TYPE_CHECKING:
     from .block import Block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, overload
 
@@ -13,10 +14,11 @@ from .._checks import check_real, check_tensor
 from .._register import native_serves
 from ..ragged import RaggedTokens
 from .block import Block
-from .half_block import blocks_, is_plain
-from .linear import linear
+from .half_block import blocks_
+from .linear import PackedLinear, linear
 from .method import Method
 from .patch_embed import NativeEmbedding, PatchEmbed, Tail
+from .plain import is_plain
 from .prepared import Prepared
 from .trace import Trace, TraceRecorder
 
@@ -204,8 +206,15 @@ class VisionTransformer(nn.Module):
         if type(embed) is not PatchEmbed or not is_plain(embed):
             return None
         tail = Tail(embed.proj, self.pos_embed, self.config.patch_size, 0)
-        made = self.native_embedding(images, None, self.cls_token, [tail])
+        made = self.embed_natively(images, None, [tail])
         return None if made is None else RaggedTokens(made[0], None, made[1], 1 + self.config.num_patches)
+
+    def embed_natively(
+        self, images: Tensor, chosen: Tensor | None, tails: Sequence[Tail]
+    ) -> tuple[Tensor, Tensor] | None:
+        """``NativeEmbedding``'s, with weights packed once in a model whose linear layers are (``pack_weights``)."""
+        keep = type(self._modules["head"]) is PackedLinear
+        return self.native_embedding(images, chosen, self.cls_token, tails, keep)
 
     def with_method(self, method: Method) -> VisionTransformer:
         """The same weights, shared, run by another method."""

@@ -44,6 +44,9 @@ class ShardedWeights(Weights):
     @contextmanager
     def whole(self, module: nn.Module) -> Iterator[None]:
         module.unshard()  # type: ignore[operator]
+        # fetched without a new version, by which packed weights would see that they have changed
+        for parameter in module.parameters():
+            torch.autograd.graph.increment_version(parameter)
         # no shards, and batch statistics are each process's own until then: the first one's are saved
         for buffer in module.buffers():
             torch.distributed.broadcast(buffer, 0)

@@ -254,7 +254,7 @@ def test_default_grids(side: int, grids: tuple[int, ...]) -> None:
         ({"grids": (2, 3, 4), "force_tail": 3}, ValueError, r"force_tail must be in \[0, 2\], got 3"),
         ({"grids": (2, 3, 4), "force_tail": -1}, ValueError, "force_tail"),
         ({"grids": (2, 3, 4), "force_tail": 1.0}, TypeError, "force_tail"),
-        ({"grids": (2, 3, 4), "predictor_size": 8}, ValueError, "predictor_size must be >= 16, got 8"),
+        ({"grids": (2, 3, 4), "predictor_size": 8}, ValueError, r"predictor_size must be in \[16, 4096\], got 8"),
         ({"grids": (2, 3, 4), "predictor_width": 0}, ValueError, "predictor_width must be >= 1, got 0"),
         ({"grids": (2, 3, 4), "class_head": "yes"}, ValueError, "class_head must be one of True, False, got 'yes'"),
         ({"grids": (2, 3, 4), "cost_weight": float("nan")}, ValueError, "cost_weight"),

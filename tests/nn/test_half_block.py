@@ -253,7 +253,7 @@ def test_changed_weights_are_seen() -> None:
 def test_bad_offsets_are_refused_in_words() -> None:
     tokens = make_tokens("half")._replace(cu_seqlens=offsets((3, 9)))
     before = tokens.x.clone()
-    with pytest.raises(ValueError, match="attention_half_: cu_seqlens_q must end at 5 or before, got 12"):
+    with pytest.raises(ValueError, match="attention_half_: cu_seqlens must end at 5 or before, got 12"):
         half_block.attention_half_(make_block(), tokens, 0)
     assert_equal("x after the refusal", tokens.x, before)
 

@@ -14,7 +14,7 @@ import mtvit_ops
 from mtvit_ops import _backend
 from mtvit_ops._cpu_linear import panel_columns, panel_dtypes
 from mtvit_ops._register import native_kernel
-from mtvit_ops.nn import VisionTransformer
+from mtvit_ops.nn import VisionTransformer, pack_weights
 from mtvit_ops.testing import assert_close_to_float64, assert_equal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -80,8 +80,11 @@ def test_every_tail_of_a_mixed_batch(dtype: torch.dtype) -> None:
     images, chosen = torch.randn(5, 3, 48, 48).to(dtype), torch.tensor([3, 0, 2, 2, 1], dtype=torch.int32)
     method = model.method
     assert isinstance(method, mtvit_ops.methods.MTViT)
-    x, cu_seqlens = method.tokenise(model, images, chosen)
+    unpacked, _ = method.tokenise(model, images, chosen)
+    assert len(model.native_embedding._packed) == 0
+    x, cu_seqlens = method.tokenise(pack_weights(model), images, chosen)
     assert len(model.native_embedding._packed) == 4  # it was the native operator that served
+    assert_equal("x without packed weights", unpacked, x)
     model.double()
     want, want_offsets = method.tokenise(model, images.double(), chosen)
     model.to(dtype)
@@ -113,13 +116,36 @@ def test_packed_weights_give_the_same_bits() -> None:
     plain, _ = native_kernel("ragged_patch_embed")(
         images, torch.zeros(2, dtype=torch.int32), model.cls_token[0], [weight], *rest
     )
-    packed = natively(model, images)
-    assert packed is not None
-    assert_equal("x", packed, plain)
+    for each in (model, pack_weights(model)):
+        found = natively(each, images)
+        assert found is not None
+        assert_equal("x", found, plain)
+    assert len(model.native_embedding._packed) == 1
+
+
+def test_nobody_asked_to_pack() -> None:
+    # so that a change which leaves no trace is seen
+    model, images = make(), torch.randn(1, 3, 48, 48)
+    before = natively(model, images)
+    model.patch_embed.proj.weight.data.zero_()
+    changed = natively(model, images)
+    assert before is not None
+    assert changed is not None
+    assert not torch.equal(before, changed)
+    assert_equal("x", changed, natively(copy.deepcopy(model), images))
+
+
+def test_under_another_default_device() -> None:
+    model, images = make(), torch.randn(1, 3, 48, 48)
+    want = natively(model, images)
+    with torch.device("meta"):
+        found = natively(model, images)
+    assert found is not None
+    assert_equal("x", found, want)
 
 
 def test_changed_weights_are_packed_anew() -> None:
-    model, images = make(), torch.randn(1, 3, 48, 48)
+    model, images = pack_weights(make()), torch.randn(1, 3, 48, 48)
     before = natively(model, images)
     model.patch_embed.proj.weight.mul_(2)
     doubled = natively(model, images)
@@ -130,11 +156,11 @@ def test_changed_weights_are_packed_anew() -> None:
     again = natively(model, images)
     assert again is not None
     assert_equal("x", again, before)
-    assert len(model.native_embedding._packed) == 1  # the weight that is gone took its panels along
+    assert len(model.native_embedding._packed) == 1  # the weight that is gone left no panels
 
 
 def test_copies_and_pickles_pack_their_own() -> None:
-    model, images = make(), torch.randn(1, 3, 48, 48)
+    model, images = pack_weights(make()), torch.randn(1, 3, 48, 48)
     before = natively(model, images)
     assert before is not None
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -190,3 +216,13 @@ def test_operator_refuses_packed_weights_that_do_not_fit() -> None:
             run(wrong)
     with pytest.raises((RuntimeError, ValueError), match="weights"):
         run(panels, False)
+
+
+def test_operator_refuses_more_tokens_than_offsets_can_count() -> None:
+    chosen, prefix = torch.zeros(1, dtype=torch.int32), torch.zeros(0, 0)
+    # tokens without channels take no memory: one pixel in a padding of 2^30
+    weight, table = torch.zeros(0, 3, 1, 1), torch.zeros((2**31 + 1) ** 2, 0)
+    with pytest.raises(RuntimeError, match="all images together must have at most 2147483647 tokens"):
+        native_kernel("ragged_patch_embed")(
+            torch.zeros(1, 3, 1, 1), chosen, prefix, [weight], [torch.zeros(0)], [table], [1], [2**30], False
+        )

@@ -277,6 +277,21 @@ def test_a_may_lie_in_x(backend: str, device: str) -> None:
     assert_equal("x", x, expected)
 
 
+@pytest.mark.parametrize("what", ["bias", "layer", "token"])
+def test_bias_and_scale_may_lie_in_x(what: str, backend: str, device: str) -> None:
+    x, a = random_tensor(6, 5, device=device), random_tensor(6, 3, device=device)
+    weight, bias = random_tensor(5, 3, device=device), random_tensor(5, device=device)
+
+    def inside(x: Tensor) -> dict[str, Tensor | None]:
+        other = {"bias": x[0], "layer": x[1], "token": x[:, 2:3]}[what]
+        return {"bias": bias, "scale": None} | {"bias" if what == "bias" else "scale": other}
+
+    cu_seqlens = offsets((6,), device)
+    expected = ragged_linear_residual(x, None, a, weight, cu_seqlens=cu_seqlens, **inside(x))
+    ragged_linear_residual_(x, None, a, weight, cu_seqlens=cu_seqlens, **inside(x))
+    assert_equal("x", x, expected)
+
+
 @pytest.mark.parametrize("wanting", ["x", "a", "weight", "bias", "scale"])
 def test_inplace_refuses_gradients(wanting: str, backend: str, device: str) -> None:
     tensors = {"x": (3, 4), "a": (3, 2), "weight": (4, 2), "bias": (4,), "scale": (4,)}

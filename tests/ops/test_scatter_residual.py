@@ -125,6 +125,18 @@ def test_rounds_once(case: Case, inplace: bool, backend: str, device: str, dtype
         assert_equal("rows that are not listed", out[unlisted], before[unlisted])
 
 
+@pytest.mark.parametrize("what", ["y", "layer", "token"])
+def test_y_and_scale_may_lie_in_x(what: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    x, y = random_tensor(6, 5, dtype=dtype, device=device), random_tensor(6, 5, dtype=dtype, device=device)
+
+    def inside(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return {"y": (x, None), "layer": (y, x[1]), "token": (y, x[:, 2:3])}[what]
+
+    expected = scatter_residual(x, None, *inside(x))
+    scatter_residual_(x, None, *inside(x))
+    assert_equal("x", x, expected)
+
+
 @pytest.mark.parametrize("wanting", ["x", "y", "scale"])
 def test_inplace_refuses_gradients(wanting: str, backend: str, device: str) -> None:
     inputs = {"x": torch.zeros(3, 4), "y": torch.zeros(3, 4), "scale": torch.zeros(4)}

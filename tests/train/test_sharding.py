@@ -161,3 +161,9 @@ def test_one_process_has_nothing_to_shard_and_says_so(data: Path, tmp_path: Path
     assert sum("nothing to shard" in text for text in heard.said) == 1
     states = [load_state(tmp_path / each / "state.pt")._replace(recipe={}, seconds=0.0) for each in ("none", "full")]
     assert same_bits(*states)
+
+
+def test_kernels_see_the_weights_of_the_moment(two: Path) -> None:
+    for errors in found(two, "errors"):
+        assert len(errors) == 5
+        assert max(errors) < 1e-5

@@ -3,7 +3,8 @@
     python bench/accuracy.py --data imagenette.zip --trained checkpoints --out bench/results/accuracy/seed0.json
 
 Runs ``mtvit-ops compare --trained`` on the whole validation split, then the same models with tokens or tails chosen at
-random in the same numbers, and writes everything as JSON. Exit codes: 0 done, 2 wrong use.
+random in the same numbers, and writes everything as JSON. A zip must have ``val/`` at its root, not in a folder above
+it, which a training would pass over. Exit codes: 0 done, 2 wrong use.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from mtvit_ops.weights import load_model
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=Path, help="folder or zip with val/CLASS/...")
+    parser.add_argument("--data", required=True, type=Path, help="folder, or zip with val/ at its root")
     parser.add_argument("--trained", required=True, type=Path, help="folder of model files, one a method")
     parser.add_argument("--control", type=Path, help="model file of the dense ViT trained on, as the others were")
     parser.add_argument("--out", required=True, type=Path, help="JSON file to write")

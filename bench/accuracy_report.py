@@ -41,6 +41,10 @@ def table(runs: list[dict[str, Any]]) -> str:
         f" interleaved rounds on {first['photos']['timed_images']} of the photographs, torch {environment['torch']};"
         f" training seed {seeds}.",
         "",
+        "Top-1, chosen and at random, is of all photographs. MAC ratio, time, speed-up and realised fraction are of the"
+        f" {first['photos']['timed_images']} that were timed: where the image decides how many tokens live (A-ViT,"
+        " MT-ViT), another sample has another MAC ratio. The cards in `checkpoints/` have it on 256 photographs.",
+        "",
         "| model | top-1, % | to dense | at random, % | MAC ratio | ms per image | speed-up | realised fraction |",
         "|---|---|---|---|---|---|---|---|",
     ]

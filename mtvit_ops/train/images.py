@@ -256,9 +256,6 @@ def _fill(images: ImageSet, place: str, must: bool, progress: Progress) -> None:
     available = available_memory()
     if available is None and not must:
         return
-    # processes of a training on one machine decode at the same time, each for itself
-    if available is not None:
-        available //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     most = None if available is None else available if must else available // _SHARE
     count = len(images)
     spread = sorted({index * count // _SAMPLE for index in range(_SAMPLE)})

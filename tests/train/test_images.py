@@ -360,3 +360,13 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     assert _pixel_cache.available_memory() == 800
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert _pixel_cache.available_memory() == 100
+
+
+def test_a_process_s_share_of_the_memory_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(tmp_path / "set", "train")
+    needed = open_images(folder, "train", cache=True).cached_bytes
+    monkeypatch.setattr(_pixel_cache, "_of_container", lambda folder: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for available, is_cached in ((4 * 3 * needed, True), (4 * 3 * needed - 4, False)):
+        monkeypatch.setattr(_pixel_cache, "_of_machine", lambda available=available: available)
+        assert bool(open_images(folder, "train").cached_bytes) == is_cached

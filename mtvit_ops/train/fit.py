@@ -111,7 +111,7 @@ def train(
         run = _Run(recipe, train_set, val_set, out, processes, start, reset_head, teacher, state)
         processes.first_does(lambda: prepare_folder(out, recipe))
         journal = Journal(progress)
-        processes.first_does(lambda: journal.open(out, run.step))
+        processes.first_does(lambda: journal.open(out, run.step, owed=run.owed))
         try:
             return run.go(journal, request)
         finally:
@@ -184,6 +184,7 @@ class _Run:
             processes.weights.restore_optimiser(self.optimiser, state.optimiser)
         self.total = options.epochs * self.order.steps
         self.step = 0 if state is None else state.step
+        self.owed = False if state is None else state.owed
         self.best = None if state is None else state.best
         self.seconds = 0.0 if state is None else state.seconds
         self.sums: dict[str, float] = {} if state is None else dict(state.sums)
@@ -197,11 +198,13 @@ class _Run:
         if self.recipe.run.sharding != "none" and not self.processes.weights.sharded:
             journal.say("one process holds all weights: there is nothing to shard")
         self._tell_problems(journal)
+        if self.owed:
+            self._end_epoch(journal, request)
         while self.step < self.total:
             epoch, first = divmod(self.step, self.order.steps)
             self._train_epoch(epoch, first, journal, request)
         if self.score is None:  # the run had ended before
-            self.score = self._evaluate()
+            self.score = self._evaluate(journal, request)
         assert self.best is not None
         model = self.processes.weights.release(self._holder, self._judged).eval()
         return TrainResult(model, self.score, self.best, self.step, self._elapsed())
@@ -227,10 +230,11 @@ class _Run:
                 self._collect(names, terms)
                 self._save()
         epochs = epoch + 1
-        if epochs % run.eval_epochs == 0 or epochs == self.recipe.optimiser.epochs:
-            self._end_epoch(epochs, journal)
+        self.owed = epochs % run.eval_epochs == 0 or epochs == self.recipe.optimiser.epochs
         self._save()
-        if self.processes.any(request.signal is not None) and self.step < self.total:
+        if self.owed:
+            self._end_epoch(journal, request)
+        elif self.processes.any(request.signal is not None):
             self._stop(journal, request, saved=True)
 
     def _train_step(self, images: Tensor, targets: Tensor) -> tuple[list[str], Tensor]:
@@ -298,9 +302,10 @@ class _Run:
         epoch = self.step / self.order.steps
         journal.say(f"epoch {epoch:.2f}  step {self.step}/{self.total}  {shown}  lr {rate:.2e}  {seconds:.0f} s")
 
-    def _end_epoch(self, epochs: int, journal: Journal) -> None:
-        self._check_weights()
-        self.score = found = self._evaluate()
+    def _end_epoch(self, journal: Journal, request: StopRequest) -> None:
+        """Evaluate what was saved, and save what follows from that."""
+        self.score = found = self._evaluate(journal, request)
+        epochs = self.step // self.order.steps
         values = {"epoch": epochs, **found._asdict(), "seconds": self._elapsed()}
         self.processes.first_does(lambda: journal.record("evaluate", self.step, **values))
         skipped = f", {found.skipped} skipped" if found.skipped else ""
@@ -312,6 +317,10 @@ class _Run:
         weights = self.processes.weights.gather(self._judged.state_dict())
         for name in (BEST, LAST) if better else (LAST,):
             self.processes.first_does(partial(self._export, self.out / name, weights))
+        self.owed = False
+        self._save()
+        if self.processes.any(request.signal is not None) and self.step < self.total:
+            self._stop(journal, request, saved=True)
 
     def _tell_problems(self, journal: Journal) -> None:
         """Name the images that could not be used, each once."""
@@ -323,7 +332,7 @@ class _Run:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         journal.say(f"not used: {some}{more}")
 
-    def _evaluate(self) -> Score:
+    def _evaluate(self, journal: Journal, request: StopRequest) -> Score:
         processes = self.processes
         model = self._judged
         self.plan.at(model, self.recipe.loss, self.step / self.total)
@@ -338,8 +347,23 @@ class _Run:
             processes.world_size,
         )
         dtype = torch.bfloat16 if recipe.run.precision == "bfloat16" else None
+        heeding = self._until_stopped(loader, journal, request)
         with processes.weights.whole(self._holder):
-            return score(model, loader, autocast=dtype, distributed=processes.world_size > 1)
+            return score(model, heeding, autocast=dtype, distributed=processes.world_size > 1)
+
+    def _until_stopped(
+        self, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal, request: StopRequest
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of an evaluation, of which a process may have one less than another: it asks as often."""
+        processes, run = self.processes, self.recipe.run
+        largest = -(-len(self.val_set) // processes.world_size)
+        every = 1 if processes.world_size == 1 else run.log_steps
+        for number in range(-(-largest // run.eval_batch)):
+            if number % every == 0 and processes.any(request.signal is not None):
+                self._stop(journal, request, saved=True)
+            batch = next(batches, None)
+            if batch is not None:
+                yield batch
 
     @property
     def _judged(self) -> VisionTransformer:
@@ -385,6 +409,7 @@ class _Run:
             method=self._method(),
             seconds=self._elapsed(),
             teacher="" if self.teacher is None else self.teacher.digest,
+            owed=self.owed,
         )
         self.processes.first_does(lambda: save_state(self.out / STATE, state))
 

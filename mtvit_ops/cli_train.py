@@ -171,11 +171,16 @@ def _run_train(options: argparse.Namespace) -> int:
 
 
 def _run_evaluate(options: argparse.Namespace) -> int:
-    from .files import write_atomically
+    from .files import check_writable, write_atomically
     from .progress import show_progress
     from .train.evaluation import evaluate
     from .train.processes import is_first_process
 
+    if options.json is not None and is_first_process():
+        try:
+            check_writable(Path(options.json))
+        except OSError as error:
+            raise UsageError(f"cannot write {options.json}: {error}") from error
     try:
         with show_progress() as progress:
             found = evaluate(

@@ -16,22 +16,21 @@ from torch import Tensor, nn
 from ..nn import VisionTransformer, checkpointed_twin, drop_path_twin
 from ..progress import Progress
 from ..weights import ModelInfo, save_model
-from .build import build_model
-from .compute_loss import compute_loss, loss_of
+from .compute_loss import compute_loss
 from .device_views import DeviceViews
-from .folder import BEST, LAST, STATE, describe_images, find_state, prepare_folder
-from .images import ImageSet, open_images
+from .folder import BEST, LAST, STATE, check_folder, describe_images, find_state, prepare_folder
+from .images import ImageSet, decode_images, open_images
 from .journal import Journal
 from .loading import eval_batches, train_batches
 from .order import TrainOrder, derive_seed
 from .parts import Average, Mixing, Schedule, make_optimiser
-from .plan import Plan, make_plan
+from .prepare import Prepared, prepare
 from .processes import Processes
 from .recipe import Recipe
 from .scoring import Score, score
 from .signals import StopRequest, stop_requests
 from .state import TrainError, TrainState, save_state
-from .teacher import Teacher, check_teacher
+from .teacher import check_teacher
 
 _NAMED = 5  # images that cannot be used
 _DRAWS = 1  # in the seed of a step's draws; what a view draws has no such part
@@ -104,11 +103,15 @@ def train(
     progress = progress if progress is not None and processes.is_first else Progress()
     with _own_generators(), stop_requests() as request:
         state = find_state(out, recipe, resume)
-        train_set = open_images(data, recipe.data.train_split, cache=recipe.data.cache, progress=progress)
-        val_set = open_images(
-            data, recipe.data.val_split, classes=train_set.classes, cache=recipe.data.cache, progress=progress
+        processes.first_does(lambda: check_folder(out))
+        train_set = open_images(data, recipe.data.train_split, cache=False)
+        val_set = open_images(data, recipe.data.val_split, classes=train_set.classes, cache=False)
+        prepared = prepare(
+            recipe, train_set, processes, start=start, reset_head=reset_head, teacher=teacher, state=state
         )
-        run = _Run(recipe, train_set, val_set, out, processes, start, reset_head, teacher, state)
+        for images in (train_set, val_set):  # which takes minutes: nothing but the images can be wrong by now
+            decode_images(images, recipe.data.cache, progress)
+        run = _Run(recipe, prepared, train_set, val_set, out, processes, state)
         processes.first_does(lambda: prepare_folder(out, recipe))
         journal = Journal(progress)
         processes.first_does(lambda: journal.open(out, run.step, owed=run.owed))
@@ -135,13 +138,11 @@ class _Run:
     def __init__(
         self,
         recipe: Recipe,
+        prepared: Prepared,
         train_set: ImageSet,
         val_set: ImageSet,
         out: Path,
         processes: Processes,
-        start: str | Path | None,
-        reset_head: bool,
-        teacher: str | Path | None,
         state: TrainState | None,
     ) -> None:
         options = recipe.optimiser
@@ -156,19 +157,12 @@ class _Run:
             recipe.mix.mixes,
             recipe.augment.repeats,
         )
-        torch.manual_seed(recipe.run.seed)
-        model = build_model(recipe, len(train_set.classes), start if state is None else None, reset_head)
-        self.model = model.to(processes.device)
-        self.plan: Plan = make_plan(model, recipe.plan)
-        self.plan.start(model, recipe.loss)
-        loss_of(model, recipe.loss)  # a wrong weight is told now, not at the first step
+        self.model, self.plan, self.teacher = prepared
+        model = self.model
         sharded = processes.weights.sharded
         self.average = Average(model, options.ema_decay, sharded=sharded) if options.ema_decay else None
         self.device_views = DeviceViews(recipe.augment) if recipe.data.augment_on == "device" else None
         self.mixing = Mixing(recipe.mix, len(train_set.classes)) if recipe.mix.mixes else None
-        self.teacher = None
-        if teacher is not None:
-            self.teacher = Teacher(teacher, recipe.teacher, train_set.classes, model.config.img_size, processes.device)
         if state is not None:
             self._restore(state)  # while tensors are whole
         learner = checkpointed_twin(model) if recipe.run.checkpointing else model
@@ -414,17 +408,13 @@ class _Run:
         self.processes.first_does(lambda: save_state(self.out / STATE, state))
 
     def _restore(self, state: TrainState) -> None:
-        """Check that the state is of this run, and load the weights."""
-        if tuple(state.classes) != self.train_set.classes:
-            raise TrainError(f"the state's classes are {', '.join(state.classes)}, the data has others")
+        """Check that the state is of these images, and load the weights."""
         images = describe_images(self.train_set)
         if state.images != images:
             raise TrainError(
                 f"the state is of other training images ({state.images}; now {images}): the data has"
                 " changed, or a cache left broken images out in one run only (data.cache)"
             )
-        if state.teacher != ("" if self.teacher is None else self.teacher.digest):
-            raise TrainError("the state is of another teacher's pupil: its file is not the one that the run began with")
         for model in (self.model,) if self.average is None else (self.model, self.average.model):
             model.method.config = dataclasses.replace(model.method.config, **state.method)
             model.method.attach(model)

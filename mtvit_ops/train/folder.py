@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from ..files import check_writable, write_atomically
 from .images import ImageSet
 from .recipe import Recipe, RecipeError, load_recipe
 from .state import TrainError, TrainState, load_state
@@ -54,6 +54,17 @@ def _differences(was: Any, now: Any, place: str = "") -> Iterator[tuple[str, Any
             yield from _differences(was.get(key), now.get(key), f"{place}.{key}".lstrip("."))
     elif was != now:
         yield place, was, now
+
+
+def check_folder(out: Path) -> None:
+    """Prove that the folder can be made, or written, and leave nothing."""
+    try:
+        place = out
+        while not place.exists():
+            place = place.parent
+        check_writable(place / STATE)
+    except OSError as error:
+        raise TrainError(f"cannot write to {out}: {error}") from error
 
 
 def prepare_folder(out: Path, recipe: Recipe) -> None:

@@ -81,7 +81,7 @@ def add_commands(commands: Any) -> None:
     train.set_defaults(run=_run_train)
     train.add_argument("recipe", metavar="RECIPE", help="a TOML file")
     train.add_argument("--data", required=True, metavar="DIR|ZIP", help="the images, in the layout above")
-    train.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
+    train.add_argument("--out", required=True, metavar="DIR", help="folder of the run, one for all machines")
     train.add_argument(
         "--from", dest="start", metavar="FILE", help="weights to begin with (default: seeded random ones)"
     )

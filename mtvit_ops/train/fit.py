@@ -18,7 +18,7 @@ from ..progress import Progress
 from ..weights import ModelInfo, save_model
 from .compute_loss import compute_loss
 from .device_views import DeviceViews
-from .folder import BEST, LAST, STATE, check_folder, describe_images, find_state, prepare_folder
+from .folder import BEST, LAST, STATE, check_folder, check_shared, describe_images, find_state, prepare_folder
 from .images import ImageSet, decode_images, open_images
 from .journal import Journal
 from .loading import eval_batches, train_batches
@@ -71,8 +71,9 @@ def train(
     Args:
         recipe: from ``load_recipe``.
         data: folder or zip with the recipe's splits; see ``train.images.open_images``.
-        out: folder of the run, made if need be. Gets ``state.pt`` (what ``resume`` reads), ``best.safetensors`` and
-            ``last.safetensors`` (see ``load_model``), ``recipe.json``, ``metrics.jsonl`` and TensorBoard's ``events``.
+        out: folder of the run, made if need be, one for the processes of all machines. Gets ``state.pt`` (what
+            ``resume`` reads), ``best.safetensors`` and ``last.safetensors`` (see ``load_model``), ``recipe.json``,
+            ``metrics.jsonl`` and TensorBoard's ``events``.
         start: weights to begin with, as ``load_checkpoint`` takes them; None: seeded random ones.
         resume: go on from the state in ``out``, if there is one; without it such a folder is refused.
         reset_head: with ``start``, take everything but the classifier.
@@ -103,6 +104,7 @@ def train(
     progress = progress if progress is not None and processes.is_first else Progress()
     with _own_generators(), stop_requests() as request:
         state = find_state(out, recipe, resume)
+        check_shared(out, state, processes)
         processes.first_does(lambda: check_folder(out))
         train_set = open_images(data, recipe.data.train_split, cache=False)
         val_set = open_images(data, recipe.data.val_split, classes=train_set.classes, cache=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..files import check_writable, write_atomically
 from .images import ImageSet
+from .processes import Processes
 from .recipe import Recipe, RecipeError, load_recipe
 from .state import TrainError, TrainState, load_state
 
@@ -38,6 +39,19 @@ def find_state(out: Path, recipe: Recipe, resume: bool) -> TrainState | None:
         if place != "run.sharding":  # a state holds whole tensors, whoever wrote it
             raise TrainError(f"{path} is of another recipe: {place} was {was!r} and is {now!r}")
     return state
+
+
+def check_shared(out: Path, state: TrainState | None, processes: Processes) -> None:
+    """Refuse to go on where processes found different states, as those of a machine with a folder of its own do."""
+    # the time tells states of one step apart
+    own = "no state" if state is None else f"the state of step {state.step}, {state.seconds:.3f} s"
+    first, *others = processes.gather(own)
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            raise ValueError(
+                f"out must be one folder that all processes share, got {out}, where process 0 found {first}, and"
+                f" process {rank} found {other}"
+            )
 
 
 def _in_full(recipe: Mapping[str, Any]) -> Mapping[str, Any]:

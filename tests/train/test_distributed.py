@@ -85,6 +85,15 @@ def test_an_evaluation_that_one_process_was_asked_to_stop_comes_again(two: Path)
             assert_close(one, other, one["step"])
 
 
+def test_processes_with_folders_of_their_own_do_not_go_on(two: Path) -> None:
+    for rank in range(2):
+        said = (two / f"apart-{rank}").read_text()
+        assert said.startswith("out must be one folder that all processes share, got ")
+        assert "where process 0 found the state of step 12, " in said
+        assert said.endswith("process 1 found no state")
+    assert not (two / "elsewhere").exists()
+
+
 def test_the_uneven_case_is_uneven(two: Path) -> None:
     """Images keep different numbers of tokens, so two processes' shares of a batch do."""
     model = load_model(two / "A-ViT, uneven" / "last.safetensors").model

@@ -75,7 +75,8 @@ def train(
             ``resume`` reads), ``best.safetensors`` and ``last.safetensors`` (see ``load_model``), ``recipe.json``,
             ``metrics.jsonl`` and TensorBoard's ``events``.
         start: weights to begin with, as ``load_checkpoint`` takes them; None: seeded random ones.
-        resume: go on from the state in ``out``, if there is one; without it such a folder is refused.
+        resume: go on from the state in ``out``, if there is one; without it such a folder is refused. The recipe must
+            be the same but for its title, ``data.workers``, ``run.sharding``, ``run.log_steps`` and ``run.save_steps``.
         reset_head: with ``start``, take everything but the classifier.
         teacher: weights of the model that softens the targets where the recipe's ``teacher.share`` is above 0, as
             ``load_model`` takes them.

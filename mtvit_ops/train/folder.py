@@ -15,6 +15,8 @@ from .recipe import Recipe, RecipeError, load_recipe
 from .state import TrainError, TrainState, load_state
 
 STATE, BEST, LAST, RECIPE = "state.pt", "best.safetensors", "last.safetensors", "recipe.json"
+# what may change in between, for nothing follows from it; a state holds whole tensors, whoever wrote it
+_FREE = ("title", "data.workers", "run.sharding", "run.log_steps", "run.save_steps")
 
 
 def describe_images(images: ImageSet) -> str:
@@ -36,7 +38,7 @@ def find_state(out: Path, recipe: Recipe, resume: bool) -> TrainState | None:
         return None
     state = load_state(path)
     for place, was, now in _differences(_in_full(state.recipe), recipe.to_dict()):
-        if place != "run.sharding":  # a state holds whole tensors, whoever wrote it
+        if place not in _FREE:
             raise TrainError(f"{path} is of another recipe: {place} was {was!r} and is {now!r}")
     return state
 

@@ -145,6 +145,18 @@ def test_a_state_from_before_an_option_goes_on(data: Path, tmp_path: Path) -> No
         train(make_recipe(), data, tmp_path / "parts", resume=True, device="cpu")
 
 
+def test_what_changes_no_result_may_change_in_between(data: Path, tmp_path: Path) -> None:
+    train(make_recipe(), data, tmp_path / "whole", device="cpu")
+    with pytest.raises(StoppedError):
+        train(make_recipe(), data, tmp_path / "parts", device="cpu", progress=StopsAt(3))
+    changes = {"title": "other", "data.workers": 1, "run.log_steps": 5, "run.save_steps": 0}
+    train(make_recipe(changes), data, tmp_path / "parts", resume=True, device="cpu")
+    assert same_bits(state_of(tmp_path / "parts"), state_of(tmp_path / "whole"))
+    assert load_state(tmp_path / "parts" / "state.pt").recipe == make_recipe(changes).to_dict()
+    found, wanted = (load_model(tmp_path / run / "best.safetensors") for run in ("parts", "whole"))
+    assert same_bits(dict(found.model.state_dict()), dict(wanted.model.state_dict()))
+
+
 def start_file(path: Path, classes: int, method: str = "vit", **more: Any) -> Path:
     options = {"name": f"{method}_tiny_patch16_224", **MICRO, "num_classes": classes, **more}
     torch.manual_seed(9)

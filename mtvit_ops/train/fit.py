@@ -381,7 +381,8 @@ class _Run:
         }
         # the method as it is now: training moves it, and so do some files to begin with
         options = {**self.recipe.model, **self._method(), "num_classes": len(self.train_set.classes)}
-        info = ModelInfo(options, self.train_set.classes, self.recipe.augment.crop_pct, facts)
+        augment = self.recipe.augment
+        info = ModelInfo(options, self.train_set.classes, augment.crop_pct, facts, augment.eval_interpolation)
         try:
             save_model(path, weights, info)
         except OSError as error:

@@ -157,6 +157,22 @@ def test_what_changes_no_result_may_change_in_between(data: Path, tmp_path: Path
     assert same_bits(dict(found.model.state_dict()), dict(wanted.model.state_dict()))
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_a_file_is_scored_through_the_crop_that_it_was_trained_with(
+    interpolation: str, data: Path, tmp_path: Path
+) -> None:
+    changes = {**ONE_EPOCH, "augment.interpolation": interpolation, "augment.crop_pct": 0.6}
+    result = train(make_recipe(changes), data, tmp_path / "run", device="cpu")
+    path = tmp_path / "run" / "last.safetensors"
+    assert evaluate(path, data, batch_size=4, workers=0, device="cpu") == result.score
+    info = load_model(path).info
+    assert info.interpolation == ("bicubic" if interpolation == "random" else interpolation)
+    (tmp_path / "other").mkdir()
+    other = info._replace(interpolation="bicubic" if interpolation == "bilinear" else "bilinear")
+    save_model(tmp_path / "other" / "w.safetensors", result.model.state_dict(), other)
+    assert evaluate(tmp_path / "other" / "w.safetensors", data, batch_size=4, workers=0, device="cpu") != result.score
+
+
 def start_file(path: Path, classes: int, method: str = "vit", **more: Any) -> Path:
     options = {"name": f"{method}_tiny_patch16_224", **MICRO, "num_classes": classes, **more}
     torch.manual_seed(9)

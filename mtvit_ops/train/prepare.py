@@ -10,7 +10,7 @@ import torch
 
 from ..nn import VisionTransformer
 from .build import build_model
-from .compute_loss import compute_loss
+from .compute_loss import compute_loss, loss_of
 from .device_views import DeviceViews, worker_options
 from .images import ImageSet
 from .order import TrainOrder
@@ -56,6 +56,7 @@ def prepare(
     """
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe, len(images.classes), start if state is None else None, reset_head)
+    loss_of(model, recipe.loss)
     plan = make_plan(model, recipe.plan)
     plan.start(model, recipe.loss)
     _rehearse(recipe, model, plan, len(images), processes)

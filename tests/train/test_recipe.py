@@ -201,6 +201,13 @@ def test_drop_path_and_repeats_of_the_recipes() -> None:
     assert found == AUTHORS
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_labels_are_smoothed_once(path: Path) -> None:
+    recipe = load_recipe(path)
+    _, weights = loss_of(build_model(recipe, 10), recipe.loss)
+    assert recipe.mix.label_smoothing == 0 or weights.label_smoothing == 0
+
+
 def test_the_rates_of_a_cosine() -> None:
     """timm's formula by hand: 1 epoch of warm-up in a line, then half a cosine over all of the steps."""
     changes = {"optimiser.epochs": 4, "optimiser.warmup_epochs": 1, "optimiser.lr": 1.0}

@@ -346,7 +346,9 @@ class _Run:
         dtype = torch.bfloat16 if recipe.run.precision == "bfloat16" else None
         heeding = self._until_stopped(loader, journal, request)
         with processes.weights.whole(self._holder):
-            return score(model, heeding, autocast=dtype, distributed=processes.world_size > 1)
+            found = score(model, heeding, autocast=dtype, distributed=processes.world_size > 1)
+        # what a cache left out is broken as well, and every process has left out the same
+        return found._replace(skipped=found.skipped + self.val_set.dropped)
 
     def _until_stopped(
         self, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal, request: StopRequest

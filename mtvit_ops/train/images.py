@@ -37,6 +37,7 @@ class ImageSet:
         classes: the label map, one folder name for each output.
         names: paths inside the set, ``"n01440764/x.webp"``, sorted.
         targets: an index into ``classes`` for each image.
+        dropped: how many broken images a cache left out, which are in no list any more.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ImageSet:
         self.classes, self.names, self.targets = classes, names, targets
         self._storage = storage
         self._cache: PixelCache | None = None
+        self.dropped = 0
         self._found = list(problems)
         self._reasons: dict[int, str] = {}
         # bytes that every worker sees: which images are broken
@@ -124,6 +126,7 @@ class ImageSet:
             kept.append(index)
         cache.close()
         self._found = self.problems
+        self.dropped += len(self) - len(kept)
         self.names = [self.names[index] for index in kept]
         self.targets = [self.targets[index] for index in kept]
         self._reasons = {}

@@ -116,6 +116,7 @@ def test_broken_files_are_named_once_and_skipped(kind: str, tmp_path: Path) -> N
         assert [problem.path for problem in uncached.problems] == broken
     assert all(reasons[problem.path] in problem.reason for problem in uncached.problems)
     assert cached.problems == uncached.problems
+    assert (cached.dropped, uncached.dropped) == (3, 0)
     assert cached.names == NAMES
     assert cached.targets == [CLASSES.index(name.split("/")[0]) for name in NAMES]
     readable = [image for image in pixels(uncached) if image is not None]

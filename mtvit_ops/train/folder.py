@@ -75,8 +75,8 @@ def _differences(was: Any, now: Any, place: str = "") -> Iterator[tuple[str, Any
 def check_folder(out: Path) -> None:
     """Prove that the folder can be made, or written, and leave nothing."""
     try:
-        place = out
-        while not place.exists():
+        place = out.absolute()
+        while not place.exists() and place != place.parent:  # a drive may be missing
             place = place.parent
         check_writable(place / STATE)
     except OSError as error:

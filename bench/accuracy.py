@@ -33,8 +33,8 @@ from mtvit_ops.progress import show_progress
 from mtvit_ops.report import print_report, to_json
 from mtvit_ops.train.images import open_images
 from mtvit_ops.train.loading import eval_batches
-from mtvit_ops.train.views import ViewOptions
-from mtvit_ops.weights import load_model
+from mtvit_ops.train.views import options_of
+from mtvit_ops.weights import ModelInfo, load_model
 
 
 def main() -> int:
@@ -80,7 +80,7 @@ def accuracies(options: argparse.Namespace, result: CompareResult) -> dict[str, 
     found: dict[str, Any] = {}
     for row in result.rows:
         model, info = load_model(files[row.name])
-        batches = Batches(images, model.config.img_size, info.crop_pct)
+        batches = Batches(images, model.config.img_size, info)
         facts = info.facts
         entry: dict[str, Any] = {
             "top1": row.top1,
@@ -102,7 +102,7 @@ def accuracies(options: argparse.Namespace, result: CompareResult) -> dict[str, 
         found[row.name] = entry
     if options.control is not None:
         model, info = load_model(options.control)
-        batches = Batches(images, model.config.img_size, info.crop_pct)
+        batches = Batches(images, model.config.img_size, info)
         with torch.inference_mode():
             right = sum(int((model(pixels).argmax(dim=1) == targets).sum()) for pixels, targets in batches)
         found["vit_trained_on"] = {"top1": right / len(images), "images": len(images), "recipe": info.facts["recipe"]}
@@ -113,8 +113,8 @@ def accuracies(options: argparse.Namespace, result: CompareResult) -> dict[str, 
 class Batches:
     """The validation images again and again."""
 
-    def __init__(self, images: Any, img_size: int, crop_pct: float) -> None:
-        self.images, self.img_size, self.view = images, img_size, ViewOptions(crop_pct=crop_pct)
+    def __init__(self, images: Any, img_size: int, info: ModelInfo) -> None:
+        self.images, self.img_size, self.view = images, img_size, options_of(info)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return eval_batches(self.images, self.img_size, self.view, 128, 0)

@@ -81,7 +81,7 @@ def add_commands(commands: Any) -> None:
     train.set_defaults(run=_run_train)
     train.add_argument("recipe", metavar="RECIPE", help="a TOML file")
     train.add_argument("--data", required=True, metavar="DIR|ZIP", help="the images, in the layout above")
-    train.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
+    train.add_argument("--out", required=True, metavar="DIR", help="folder of the run, one for all machines")
     train.add_argument(
         "--from", dest="start", metavar="FILE", help="weights to begin with (default: seeded random ones)"
     )
@@ -171,11 +171,16 @@ def _run_train(options: argparse.Namespace) -> int:
 
 
 def _run_evaluate(options: argparse.Namespace) -> int:
-    from .files import write_atomically
+    from .files import check_writable, write_atomically
     from .progress import show_progress
     from .train.evaluation import evaluate
     from .train.processes import is_first_process
 
+    if options.json is not None and is_first_process():
+        try:
+            check_writable(Path(options.json))
+        except OSError as error:
+            raise UsageError(f"cannot write {options.json}: {error}") from error
     try:
         with show_progress() as progress:
             found = evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -31,6 +32,19 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.unlink(name)
         raise
     _sync_folder(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Prove that ``write_atomically`` can write a file, and leave nothing.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    os.unlink(name)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_real
+from ._checks import check_choice, check_real
 from .checkpoints import load_checkpoint
 from .files import write_atomically
 from .models import create_model
@@ -26,6 +26,7 @@ class ModelInfo(NamedTuple):
     classes: tuple[str, ...]  # the folder of each output, in order; empty: unknown
     crop_pct: float  # side of the centre crop, of the shorter side
     facts: dict[str, Any]  # whatever else the writer noted: recipe, step, top-1 ...
+    interpolation: str = "bicubic"  # or "bilinear": of the image, before the crop; files from before have none
 
 
 class LoadedModel(NamedTuple):
@@ -113,6 +114,7 @@ def _check_info(info: ModelInfo, classes: Any) -> None:
     if not isinstance(info.facts, dict):
         raise ValueError(f"facts must be a table, got {info.facts!r}")
     check_real("crop_pct", info.crop_pct, 0.0, 1.0, open_low=True)
+    check_choice("interpolation", info.interpolation, ("bicubic", "bilinear"))
 
 
 def _safetensors() -> Any:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from train_cases import A_VIT, CLASSES, MICRO, make_recipe
 
+from mtvit_ops.train import fit
 from mtvit_ops.train.build import build_model
 from mtvit_ops.train.evaluation import evaluate
-from mtvit_ops.train.fit import train
+from mtvit_ops.train.fit import StoppedError, train
 from mtvit_ops.train.recipe import Recipe
 from mtvit_ops.weights import ModelInfo, save_model
 
@@ -104,10 +108,46 @@ def save_teacher(path: Path, recipe: Recipe) -> Path:
     return path
 
 
+def stop_evaluation(data: Path, out: Path) -> str:
+    """Ask the second process, and nobody else, to stop at its second image to evaluate; then go on."""
+    recipe = make_recipe({**MIX, "run.eval_batch": 1})
+    load = fit.eval_batches
+
+    def signalling(*args: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(load(*args)):
+            if torch.distributed.get_rank() == 1 and number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    fit.eval_batches = signalling
+    try:
+        train(recipe, data, out, device="cpu")
+        said = ""
+    except StoppedError as error:
+        said = str(error)
+    finally:
+        fit.eval_batches = load
+    torch.distributed.barrier()
+    train(recipe, data, out, resume=True, device="cpu")
+    return said
+
+
+def resume_apart(data: Path, out: Path) -> str:
+    """Go on in a folder that the second process does not see, as on a machine with a disk of its own."""
+    own = out if torch.distributed.get_rank() == 0 else out.with_name("elsewhere")
+    try:
+        train(make_recipe({**MIX, "run.eval_batch": 1}), data, own, resume=True, device="cpu")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folders = Path(sys.argv[1]), Path(sys.argv[2])
     scores = {name: run_case(name, *folders) for name in (*CASES, *OWN_DRAWS)}
     rank = torch.distributed.get_rank()
     (folders[1] / f"scores-{rank}.json").write_text(json.dumps(scores))
+    (folders[1] / f"said-{rank}").write_text(stop_evaluation(folders[0], folders[1] / "stopped in evaluation"))
+    (folders[1] / f"apart-{rank}").write_text(resume_apart(folders[0], folders[1] / "stopped in evaluation"))
     torch.distributed.destroy_process_group()

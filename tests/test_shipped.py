@@ -52,12 +52,12 @@ def test_they_run_side_by_side() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_answers_on_photographs_are_mostly_right(name: str) -> None:
     from mtvit_ops.train.images import open_images
-    from mtvit_ops.train.views import EvalViews, ViewOptions, eval_view
+    from mtvit_ops.train.views import EvalViews, eval_view, options_of
 
     path = find_trained(FOLDER)[name]
     model, info = load_model(path)
     images = open_images(DATA, "val", classes=info.classes, cache=False)
-    views = EvalViews(images, eval_view(model.config.img_size, ViewOptions(crop_pct=info.crop_pct)))
+    views = EvalViews(images, eval_view(model.config.img_size, options_of(info)))
     chosen = [views[index] for index in range(0, len(views), len(views) // 200)]
     pixels, targets = torch.stack([each[0] for each in chosen]), torch.tensor([each[1] for each in chosen])
     with torch.inference_mode():

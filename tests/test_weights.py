@@ -118,6 +118,7 @@ GOOD = {"model": {"name": "vit_tiny_patch16_224"}, "classes": ["a"], "crop_pct":
         json.dumps({**GOOD, "model": ["vit"]}),
         json.dumps({**GOOD, "crop_pct": "wide"}),
         json.dumps({**GOOD, "facts": None}),
+        json.dumps({**GOOD, "interpolation": "random"}),
     ],
 )
 def test_unreadable_information(text: str, tmp_path: Path) -> None:
@@ -125,6 +126,11 @@ def test_unreadable_information(text: str, tmp_path: Path) -> None:
     for read in (read_info, load_model):
         with pytest.raises(ValueError, match="says nothing readable of its model"):
             read(path)
+
+
+def test_a_file_from_before_there_was_an_interpolation(tmp_path: Path) -> None:
+    info = read_info(metadata_file(tmp_path / "old.safetensors", json.dumps(GOOD)))
+    assert info == ModelInfo(GOOD["model"], ("a",), 0.9, {}, "bicubic")
 
 
 def test_other_files(tmp_path: Path) -> None:

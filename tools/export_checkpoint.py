@@ -22,8 +22,8 @@ from mtvit_ops.flops import count_batch_macs
 from mtvit_ops.methods import Dense
 from mtvit_ops.train.evaluation import evaluate
 from mtvit_ops.train.images import open_images
-from mtvit_ops.train.views import EvalViews, ViewOptions, eval_view
-from mtvit_ops.weights import load_model, save_model
+from mtvit_ops.train.views import EvalViews, eval_view, options_of
+from mtvit_ops.weights import ModelInfo, load_model, save_model
 
 # WordNet's names of Imagenette's folders
 CLASS_NAMES = {
@@ -82,7 +82,7 @@ def export(weights: Path, data: Path, out: Path, mac_ratio: float | None, chain:
     if options.pop("class_head", False):  # inference has no use for a second classifier
         model, _ = load_model(weights, class_head=False)
     if mac_ratio is not None:
-        done = calibrate(model, sample(data, "train", model.config.img_size, info.crop_pct), mac_ratio)
+        done = calibrate(model, sample(data, "train", model.config.img_size, info), mac_ratio)
         options[done.field] = done.value
         print(f"{done.field} = {done.value:g}: MAC ratio {done.mac_ratio:.4f} on {SAMPLE} training images")
     names = [CLASS_NAMES.get(folder, folder) for folder in info.classes]
@@ -90,7 +90,7 @@ def export(weights: Path, data: Path, out: Path, mac_ratio: float | None, chain:
     save_model(out, model.state_dict(), info._replace(model=options, facts=facts), dtype=torch.float16)
     score = evaluate(out, data, device="cpu")
     shipped, _ = load_model(out)
-    images = sample(data, "val", model.config.img_size, info.crop_pct)
+    images = sample(data, "val", model.config.img_size, info)
     macs = mean_macs(shipped, images)
     ratio = macs / mean_macs(shipped.with_method(Dense(Dense.config_class())), images)
     recipe = facts["recipe"]
@@ -124,10 +124,10 @@ def seconds_of(run: Path) -> float | None:
     return max(json.loads(line)["seconds"] for line in journal.read_text().splitlines())
 
 
-def sample(data: Path, split: str, img_size: int, crop_pct: float) -> torch.Tensor:
+def sample(data: Path, split: str, img_size: int, info: ModelInfo) -> torch.Tensor:
     """Images spread over a split, (SAMPLE, 3, img_size, img_size)."""
     images = open_images(data, split, cache=False)
-    views = EvalViews(images, eval_view(img_size, ViewOptions(crop_pct=crop_pct)))
+    views = EvalViews(images, eval_view(img_size, options_of(info)))
     places = sorted({index * len(views) // SAMPLE for index in range(SAMPLE)})
     read = [views[place] for place in places]
     return torch.stack([pixels for pixels, target, _ in read if target >= 0])

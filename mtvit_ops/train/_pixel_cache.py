@@ -65,7 +65,8 @@ class PixelCache:
 def available_memory() -> int | None:
     """Bytes of memory that this process can have now without swapping, within the container's limit.
 
-    Under ``torchrun`` each process of the machine counts on its share. None: nobody knows.
+    Under ``torchrun`` each process of the machine counts on its share: they decode at the same time, each for itself.
+    None: nobody knows.
     """
     known = [found for found in (_of_machine(), _of_container(Path("/sys/fs/cgroup"))) if found is not None]
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")

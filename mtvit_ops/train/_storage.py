@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -125,12 +124,17 @@ class ZipStorage:
         try:
             archive = self._archive()
             entry = archive.getinfo(self._prefix + name)
-            _check_length(entry.file_size)
-            return archive.read(entry)
         except KeyError:
             raise ValueError("is no longer in the archive") from None
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, zlib.error) as error:
+        except (zipfile.BadZipFile, OSError) as error:
             raise ValueError(f"cannot be read: {error}") from None
+        _check_length(entry.file_size)
+        try:
+            return archive.read(entry)
+        except MemoryError:
+            raise
+        except Exception as error:  # each way of packing has errors of its own for what is damaged
+            raise ValueError(f"cannot be read: {str(error) or type(error).__name__}") from None
 
     def _archive(self) -> zipfile.ZipFile:
         opened = self._opened

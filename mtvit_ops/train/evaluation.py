@@ -15,7 +15,7 @@ from .loading import eval_batches
 from .processes import Processes
 from .recipe import PRECISIONS
 from .scoring import Score, score
-from .views import ViewOptions
+from .views import options_of
 
 
 def evaluate(
@@ -64,7 +64,7 @@ def evaluate(
     loader = eval_batches(
         images,
         model.config.img_size,
-        ViewOptions(crop_pct=info.crop_pct),
+        options_of(info),
         batch_size,
         workers,
         processes.rank,

@@ -16,22 +16,21 @@ from torch import Tensor, nn
 from ..nn import VisionTransformer, checkpointed_twin, drop_path_twin
 from ..progress import Progress
 from ..weights import ModelInfo, save_model
-from .build import build_model
-from .compute_loss import compute_loss, loss_of
+from .compute_loss import compute_loss
 from .device_views import DeviceViews
-from .folder import BEST, LAST, STATE, describe_images, find_state, prepare_folder
-from .images import ImageSet, open_images
+from .folder import BEST, LAST, STATE, check_folder, check_shared, describe_images, find_state, prepare_folder
+from .images import ImageSet, decode_images, open_images
 from .journal import Journal
 from .loading import eval_batches, train_batches
 from .order import TrainOrder, derive_seed
 from .parts import Average, Mixing, Schedule, make_optimiser
-from .plan import Plan, make_plan
+from .prepare import Prepared, prepare
 from .processes import Processes
 from .recipe import Recipe
 from .scoring import Score, score
 from .signals import StopRequest, stop_requests
 from .state import TrainError, TrainState, save_state
-from .teacher import Teacher, check_teacher
+from .teacher import check_teacher
 
 _NAMED = 5  # images that cannot be used
 _DRAWS = 1  # in the seed of a step's draws; what a view draws has no such part
@@ -72,10 +71,12 @@ def train(
     Args:
         recipe: from ``load_recipe``.
         data: folder or zip with the recipe's splits; see ``train.images.open_images``.
-        out: folder of the run, made if need be. Gets ``state.pt`` (what ``resume`` reads), ``best.safetensors`` and
-            ``last.safetensors`` (see ``load_model``), ``recipe.json``, ``metrics.jsonl`` and TensorBoard's ``events``.
+        out: folder of the run, made if need be, one for the processes of all machines. Gets ``state.pt`` (what
+            ``resume`` reads), ``best.safetensors`` and ``last.safetensors`` (see ``load_model``), ``recipe.json``,
+            ``metrics.jsonl`` and TensorBoard's ``events``.
         start: weights to begin with, as ``load_checkpoint`` takes them; None: seeded random ones.
-        resume: go on from the state in ``out``, if there is one; without it such a folder is refused.
+        resume: go on from the state in ``out``, if there is one; without it such a folder is refused. The recipe must
+            be the same but for its title, ``data.workers``, ``run.sharding``, ``run.log_steps`` and ``run.save_steps``.
         reset_head: with ``start``, take everything but the classifier.
         teacher: weights of the model that softens the targets where the recipe's ``teacher.share`` is above 0, as
             ``load_model`` takes them.
@@ -104,14 +105,19 @@ def train(
     progress = progress if progress is not None and processes.is_first else Progress()
     with _own_generators(), stop_requests() as request:
         state = find_state(out, recipe, resume)
-        train_set = open_images(data, recipe.data.train_split, cache=recipe.data.cache, progress=progress)
-        val_set = open_images(
-            data, recipe.data.val_split, classes=train_set.classes, cache=recipe.data.cache, progress=progress
+        check_shared(out, state, processes)
+        processes.first_does(lambda: check_folder(out))
+        train_set = open_images(data, recipe.data.train_split, cache=False)
+        val_set = open_images(data, recipe.data.val_split, classes=train_set.classes, cache=False)
+        prepared = prepare(
+            recipe, train_set, processes, start=start, reset_head=reset_head, teacher=teacher, state=state
         )
-        run = _Run(recipe, train_set, val_set, out, processes, start, reset_head, teacher, state)
+        for images in (train_set, val_set):  # which takes minutes: nothing but the images can be wrong by now
+            decode_images(images, recipe.data.cache, progress)
+        run = _Run(recipe, prepared, train_set, val_set, out, processes, state)
         processes.first_does(lambda: prepare_folder(out, recipe))
         journal = Journal(progress)
-        processes.first_does(lambda: journal.open(out, run.step))
+        processes.first_does(lambda: journal.open(out, run.step, owed=run.owed))
         try:
             return run.go(journal, request)
         finally:
@@ -135,13 +141,11 @@ class _Run:
     def __init__(
         self,
         recipe: Recipe,
+        prepared: Prepared,
         train_set: ImageSet,
         val_set: ImageSet,
         out: Path,
         processes: Processes,
-        start: str | Path | None,
-        reset_head: bool,
-        teacher: str | Path | None,
         state: TrainState | None,
     ) -> None:
         options = recipe.optimiser
@@ -156,19 +160,12 @@ class _Run:
             recipe.mix.mixes,
             recipe.augment.repeats,
         )
-        torch.manual_seed(recipe.run.seed)
-        model = build_model(recipe, len(train_set.classes), start if state is None else None, reset_head)
-        self.model = model.to(processes.device)
-        self.plan: Plan = make_plan(model, recipe.plan)
-        self.plan.start(model, recipe.loss)
-        loss_of(model, recipe.loss)  # a wrong weight is told now, not at the first step
+        self.model, self.plan, self.teacher = prepared
+        model = self.model
         sharded = processes.weights.sharded
         self.average = Average(model, options.ema_decay, sharded=sharded) if options.ema_decay else None
         self.device_views = DeviceViews(recipe.augment) if recipe.data.augment_on == "device" else None
         self.mixing = Mixing(recipe.mix, len(train_set.classes)) if recipe.mix.mixes else None
-        self.teacher = None
-        if teacher is not None:
-            self.teacher = Teacher(teacher, recipe.teacher, train_set.classes, model.config.img_size, processes.device)
         if state is not None:
             self._restore(state)  # while tensors are whole
         learner = checkpointed_twin(model) if recipe.run.checkpointing else model
@@ -184,6 +181,7 @@ class _Run:
             processes.weights.restore_optimiser(self.optimiser, state.optimiser)
         self.total = options.epochs * self.order.steps
         self.step = 0 if state is None else state.step
+        self.owed = False if state is None else state.owed
         self.best = None if state is None else state.best
         self.seconds = 0.0 if state is None else state.seconds
         self.sums: dict[str, float] = {} if state is None else dict(state.sums)
@@ -197,11 +195,13 @@ class _Run:
         if self.recipe.run.sharding != "none" and not self.processes.weights.sharded:
             journal.say("one process holds all weights: there is nothing to shard")
         self._tell_problems(journal)
+        if self.owed:
+            self._end_epoch(journal, request)
         while self.step < self.total:
             epoch, first = divmod(self.step, self.order.steps)
             self._train_epoch(epoch, first, journal, request)
         if self.score is None:  # the run had ended before
-            self.score = self._evaluate()
+            self.score = self._evaluate(journal, request)
         assert self.best is not None
         model = self.processes.weights.release(self._holder, self._judged).eval()
         return TrainResult(model, self.score, self.best, self.step, self._elapsed())
@@ -227,10 +227,11 @@ class _Run:
                 self._collect(names, terms)
                 self._save()
         epochs = epoch + 1
-        if epochs % run.eval_epochs == 0 or epochs == self.recipe.optimiser.epochs:
-            self._end_epoch(epochs, journal)
+        self.owed = epochs % run.eval_epochs == 0 or epochs == self.recipe.optimiser.epochs
         self._save()
-        if self.processes.any(request.signal is not None) and self.step < self.total:
+        if self.owed:
+            self._end_epoch(journal, request)
+        elif self.processes.any(request.signal is not None):
             self._stop(journal, request, saved=True)
 
     def _train_step(self, images: Tensor, targets: Tensor) -> tuple[list[str], Tensor]:
@@ -298,9 +299,10 @@ class _Run:
         epoch = self.step / self.order.steps
         journal.say(f"epoch {epoch:.2f}  step {self.step}/{self.total}  {shown}  lr {rate:.2e}  {seconds:.0f} s")
 
-    def _end_epoch(self, epochs: int, journal: Journal) -> None:
-        self._check_weights()
-        self.score = found = self._evaluate()
+    def _end_epoch(self, journal: Journal, request: StopRequest) -> None:
+        """Evaluate what was saved, and save what follows from that."""
+        self.score = found = self._evaluate(journal, request)
+        epochs = self.step // self.order.steps
         values = {"epoch": epochs, **found._asdict(), "seconds": self._elapsed()}
         self.processes.first_does(lambda: journal.record("evaluate", self.step, **values))
         skipped = f", {found.skipped} skipped" if found.skipped else ""
@@ -312,6 +314,10 @@ class _Run:
         weights = self.processes.weights.gather(self._judged.state_dict())
         for name in (BEST, LAST) if better else (LAST,):
             self.processes.first_does(partial(self._export, self.out / name, weights))
+        self.owed = False
+        self._save()
+        if self.processes.any(request.signal is not None) and self.step < self.total:
+            self._stop(journal, request, saved=True)
 
     def _tell_problems(self, journal: Journal) -> None:
         """Name the images that could not be used, each once."""
@@ -323,7 +329,7 @@ class _Run:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         journal.say(f"not used: {some}{more}")
 
-    def _evaluate(self) -> Score:
+    def _evaluate(self, journal: Journal, request: StopRequest) -> Score:
         processes = self.processes
         model = self._judged
         self.plan.at(model, self.recipe.loss, self.step / self.total)
@@ -338,8 +344,25 @@ class _Run:
             processes.world_size,
         )
         dtype = torch.bfloat16 if recipe.run.precision == "bfloat16" else None
+        heeding = self._until_stopped(loader, journal, request)
         with processes.weights.whole(self._holder):
-            return score(model, loader, autocast=dtype, distributed=processes.world_size > 1)
+            found = score(model, heeding, autocast=dtype, distributed=processes.world_size > 1)
+        # what a cache left out is broken as well, and every process has left out the same
+        return found._replace(skipped=found.skipped + self.val_set.dropped)
+
+    def _until_stopped(
+        self, batches: Iterator[tuple[Tensor, Tensor]], journal: Journal, request: StopRequest
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of an evaluation, of which a process may have one less than another: it asks as often."""
+        processes, run = self.processes, self.recipe.run
+        largest = -(-len(self.val_set) // processes.world_size)
+        every = 1 if processes.world_size == 1 else run.log_steps
+        for number in range(-(-largest // run.eval_batch)):
+            if number % every == 0 and processes.any(request.signal is not None):
+                self._stop(journal, request, saved=True)
+            batch = next(batches, None)
+            if batch is not None:
+                yield batch
 
     @property
     def _judged(self) -> VisionTransformer:
@@ -360,7 +383,8 @@ class _Run:
         }
         # the method as it is now: training moves it, and so do some files to begin with
         options = {**self.recipe.model, **self._method(), "num_classes": len(self.train_set.classes)}
-        info = ModelInfo(options, self.train_set.classes, self.recipe.augment.crop_pct, facts)
+        augment = self.recipe.augment
+        info = ModelInfo(options, self.train_set.classes, augment.crop_pct, facts, augment.eval_interpolation)
         try:
             save_model(path, weights, info)
         except OSError as error:
@@ -385,21 +409,18 @@ class _Run:
             method=self._method(),
             seconds=self._elapsed(),
             teacher="" if self.teacher is None else self.teacher.digest,
+            owed=self.owed,
         )
         self.processes.first_does(lambda: save_state(self.out / STATE, state))
 
     def _restore(self, state: TrainState) -> None:
-        """Check that the state is of this run, and load the weights."""
-        if tuple(state.classes) != self.train_set.classes:
-            raise TrainError(f"the state's classes are {', '.join(state.classes)}, the data has others")
+        """Check that the state is of these images, and load the weights."""
         images = describe_images(self.train_set)
         if state.images != images:
             raise TrainError(
                 f"the state is of other training images ({state.images}; now {images}): the data has"
                 " changed, or a cache left broken images out in one run only (data.cache)"
             )
-        if state.teacher != ("" if self.teacher is None else self.teacher.digest):
-            raise TrainError("the state is of another teacher's pupil: its file is not the one that the run began with")
         for model in (self.model,) if self.average is None else (self.model, self.average.model):
             model.method.config = dataclasses.replace(model.method.config, **state.method)
             model.method.attach(model)

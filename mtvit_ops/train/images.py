@@ -33,9 +33,11 @@ class ImageSet:
     An instance may be pickled, forked and read by several threads.
 
     Attributes:
+        place: where they are, for messages.
         classes: the label map, one folder name for each output.
         names: paths inside the set, ``"n01440764/x.webp"``, sorted.
         targets: an index into ``classes`` for each image.
+        dropped: how many broken images a cache left out, which are in no list any more.
     """
 
     def __init__(
@@ -45,10 +47,13 @@ class ImageSet:
         names: list[str],
         targets: list[int],
         problems: Sequence[Problem],
+        place: str,
     ) -> None:
+        self.place = place
         self.classes, self.names, self.targets = classes, names, targets
         self._storage = storage
         self._cache: PixelCache | None = None
+        self.dropped = 0
         self._found = list(problems)
         self._reasons: dict[int, str] = {}
         # bytes that every worker sees: which images are broken
@@ -121,6 +126,7 @@ class ImageSet:
             kept.append(index)
         cache.close()
         self._found = self.problems
+        self.dropped += len(self) - len(kept)
         self.names = [self.names[index] for index in kept]
         self.targets = [self.targets[index] for index in kept]
         self._reasons = {}
@@ -203,10 +209,19 @@ def open_images(
     labels = _label_map(place, folders, classes)
     number = {label: index for index, label in enumerate(labels)}
     targets = [number[name.partition("/")[0]] for name in names]
-    images = ImageSet(storage, labels, names, targets, sorted([*problems, *others]))
-    if cache is not False:
-        _fill(images, place, cache is True, progress or Progress())
+    images = ImageSet(storage, labels, names, targets, sorted([*problems, *others]), place)
+    decode_images(images, cache, progress or Progress())
     return images
+
+
+def decode_images(images: ImageSet, cache: bool | str, progress: Progress) -> None:
+    """Decode the images now as ``open_images`` does, once they are open.
+
+    Raises:
+        ValueError: none can be read, or they do not fit into memory with ``cache`` True.
+    """
+    if cache is not False:
+        _fill(images, cache is True, progress)
 
 
 def _checked_split(split: str | None) -> str:
@@ -252,13 +267,10 @@ def _label_map(place: str, folders: list[str], classes: Sequence[str] | None) ->
     return tuple(classes)
 
 
-def _fill(images: ImageSet, place: str, must: bool, progress: Progress) -> None:
+def _fill(images: ImageSet, must: bool, progress: Progress) -> None:
     available = available_memory()
     if available is None and not must:
         return
-    # processes of a training on one machine decode at the same time, each for itself
-    if available is not None:
-        available //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     most = None if available is None else available if must else available // _SHARE
     count = len(images)
     spread = sorted({index * count // _SAMPLE for index in range(_SAMPLE)})
@@ -267,10 +279,10 @@ def _fill(images: ImageSet, place: str, must: bool, progress: Progress) -> None:
     if (most is not None and needed > most) or not images.fill_cache(most, progress):
         if must:
             raise ValueError(
-                f"cache=True needs about {needed >> 20} MiB for the images of {place}, and {(available or 0) >> 20} MiB"
-                " are free: cache=False decodes them at every reading"
+                f"cache=True needs about {needed >> 20} MiB for the images of {images.place}, and"
+                f" {(available or 0) >> 20} MiB are free: cache=False decodes them at every reading"
             )
         return
     if not len(images):
         problem = images.problems[-1]
-        raise ValueError(f"{place} holds no image that can be read; {problem.path} {problem.reason}")
+        raise ValueError(f"{images.place} holds no image that can be read; {problem.path} {problem.reason}")

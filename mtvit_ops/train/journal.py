@@ -23,26 +23,27 @@ class Journal:
         self._events: Any = None
         self._progress = progress
 
-    def open(self, folder: Path, step: int) -> None:
+    def open(self, folder: Path, step: int, *, owed: bool = False) -> None:
         """Write to a folder from now on.
 
         Args:
             folder: of the run.
             step: steps done so far; what an interrupted run wrote beyond them is dropped, for it comes again.
+            owed: the evaluation after them comes again, too.
 
         Raises:
             TrainError: the folder's files cannot be written.
         """
         self._path = folder / "metrics.jsonl"
         try:
-            self._open(folder, self._path, step)
+            self._open(folder, self._path, step, owed)
         except OSError as error:
             raise TrainError(f"cannot write to {folder}: {error}") from error
 
-    def _open(self, folder: Path, path: Path, step: int) -> None:
+    def _open(self, folder: Path, path: Path, step: int, owed: bool) -> None:
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
+            kept = [line for line in lines if not _comes_again(line, step, owed)]
             text = "".join(f"{line}\n" for line in kept).encode()
             write_atomically(path, lambda file: file.write(text))
         try:
@@ -85,8 +86,10 @@ class Journal:
             self._progress.say(f"TensorBoard's events are incomplete: {error}")
 
 
-def _step_of(line: str) -> float:
+def _comes_again(line: str, step: int, owed: bool) -> bool:
     try:
-        return int(json.loads(line)["step"])
+        record = json.loads(line)
+        at, kind = int(record["step"]), record["kind"]
     except (ValueError, KeyError, TypeError):  # half a line of a run that was killed
-        return float("inf")
+        return True
+    return at > step or (owed and at == step and kind == "evaluate")

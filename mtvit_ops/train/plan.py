@@ -74,8 +74,12 @@ class MTViTPlan(Plan):
         predictor_only: share of the training in which tails and encoder stay as they are, [0, 1]; all of it in the
             loss's mode ``"regret"``.
         encoder_lr: learning rate of tails and encoder over the predictor's, (0, 1].
-        temperature: of the Gumbel-Softmax at the start and at the end, falling exponentially, both > 0.
+        temperature: of the Gumbel-Softmax at the start and at the end, falling exponentially, both > 0; the loss's own
+            weight of this name is refused.
         anneal_entropy: the weight of the entropy falls to 0 over the first third.
+
+    In the loss's modes ``"tails"`` and ``"regret"``, where nothing is chosen, all but ``encoder_lr`` are refused;
+    in ``"regret"``, where only the predictor learns, that one is, too.
     """
 
     predictor_only: float = 0.0
@@ -92,6 +96,21 @@ class MTViTPlan(Plan):
         object.__setattr__(self, "temperature", tuple(self.temperature))  # the one way into a frozen dataclass
         for value in self.temperature:
             check_real("temperature", value, 0.0, 1e6, open_low=True)
+
+    def start(self, model: VisionTransformer, loss: Mapping[str, Any]) -> None:
+        if "temperature" in loss:
+            raise ValueError(
+                "temperature must be left out of the loss, where the plan's takes its place, got"
+                f" {loss['temperature']!r}"
+            )
+        mode = loss.get("mode", mt_vit.MTViTLoss().mode)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in _UNREAD.get(mode, ()) and value != field.default:
+                raise ValueError(
+                    f"{field.name} must be {field.default!r} in the loss's mode {mode!r}, which does not read it, got"
+                    f" {value!r}"
+                )
 
     def at(self, model: VisionTransformer, loss: Mapping[str, Any], progress: float) -> dict[str, Any]:
         weights = dict(loss)
@@ -115,6 +134,11 @@ class MTViTPlan(Plan):
         return 1.0 if parameter.startswith(_PREDICTOR) else self.encoder_lr
 
 
+# by the loss's mode
+_UNREAD = {
+    "tails": ("predictor_only", "temperature", "anneal_entropy"),
+    "regret": ("predictor_only", "encoder_lr", "temperature", "anneal_entropy"),
+}
 _PREDICTOR = ("method.predictor.", "method.head_cls.")
 _PLANS: dict[type, type[Plan]] = {EvoViT: EvoViTPlan, Life: LifePlan, MTViT: MTViTPlan}
 

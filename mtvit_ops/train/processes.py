@@ -99,6 +99,14 @@ class Processes:
         asked = torch.tensor(int(value), device=self.device)
         return bool(self._accelerator.reduce(asked, reduction="sum").item())
 
+    def gather(self, value: str) -> list[str]:
+        """What every process says, by rank; every one must call."""
+        if self.world_size == 1:
+            return [value]
+        said = [""] * self.world_size
+        torch.distributed.all_gather_object(said, value)
+        return said
+
     def first_does(self, work: Callable[[], None]) -> None:
         """Let the first process do something; where it fails, all of them end instead of waiting for it.
 

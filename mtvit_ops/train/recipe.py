@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 PRECISIONS = ("float32", "bfloat16")
 SHARDINGS = ("none", "full")
+_WITHOUT_END = ("constant", "step", "multistep")  # timm's schedules that do not read min_lr
 SHARDED_OPTIMISERS = ("adam", "adamw", "momentum", "sgd")  # each value by itself: a shard's are those of the whole
 
 
@@ -61,7 +62,7 @@ class MixOptions:
     Attributes:
         mixup, cutmix: alphas of the beta distributions, >= 0; 0: none.
         prob: share of batches that are mixed, [0, 1].
-        label_smoothing: of the soft targets, [0, 1]; without mixing, the loss has a weight of this name.
+        label_smoothing: of the soft targets, [0, 1]; 0 without mixing, where the loss has a weight of this name.
     """
 
     mixup: float = 0.0
@@ -74,6 +75,11 @@ class MixOptions:
             check_real(name, getattr(self, name), 0.0, 1.0)
         for name in ("mixup", "cutmix"):
             check_real(name, getattr(self, name), 0.0, 1e3)
+        if self.label_smoothing > 0 and not self.mixes:
+            raise ValueError(
+                "label_smoothing must be 0 without mixing, where the loss's weight of this name serves, got"
+                f" {self.label_smoothing}"
+            )
 
     @property
     def mixes(self) -> bool:
@@ -93,7 +99,8 @@ class OptimiserOptions:
         weight_decay: of matrices; vectors, positions and the class token have none, >= 0.
         clip_grad: largest norm of the gradient, > 0; 0: as it is.
         schedule: a schedule of timm's (``"cosine"`` ...), or ``"linear"``; by step.
-        warmup_epochs, warmup_lr, min_lr: its start and end, >= 0; epochs may be a fraction.
+        warmup_epochs, warmup_lr, min_lr: its start and end, >= 0; epochs may be a fraction. ``min_lr`` is at most
+            ``lr`` where the schedule reads it, as all but ``"constant"``, ``"step"`` and ``"multistep"`` do.
         ema_decay: of the moving average of the weights, [0, 1); 0: none. With one, it is what is evaluated and saved.
     """
 
@@ -120,6 +127,8 @@ class OptimiserOptions:
             object.__setattr__(self, "betas", tuple(self.betas))  # the one way into a frozen dataclass
         for name in ("weight_decay", "clip_grad", "warmup_lr", "min_lr"):
             check_real(name, getattr(self, name), 0.0, 1e6)
+        if self.min_lr > self.lr and self.schedule not in _WITHOUT_END:
+            raise ValueError(f"min_lr must be at most lr {self.lr}, or the rate would rise to it, got {self.min_lr}")
         check_real("warmup_epochs", self.warmup_epochs, 0.0, float(self.epochs))
         check_real("ema_decay", self.ema_decay, 0.0, 1.0)
         if self.ema_decay == 1:
@@ -146,7 +155,7 @@ class TeacherOptions:
     Attributes:
         share: of every target that is the teacher's prediction, [0, 1]; the rest is the label, or the mixed labels. 0:
             no teacher. Which teacher is said beside the recipe; see ``train.teacher``.
-        temperature: what the teacher's logits are divided by, (0, 1e3]; above 1: softer.
+        temperature: what the teacher's logits are divided by, (0, 1e3]; above 1: softer. 1 without a teacher.
     """
 
     share: float = 0.0
@@ -155,6 +164,8 @@ class TeacherOptions:
     def __post_init__(self) -> None:
         check_real("share", self.share, 0.0, 1.0)
         check_real("temperature", self.temperature, 0.0, 1e3, open_low=True)
+        if self.share == 0 and self.temperature != 1:
+            raise ValueError(f"temperature must be 1 where share is 0, without a teacher, got {self.temperature}")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class TrainState(NamedTuple):
     method: dict[str, Any]  # the method's configuration, which a file of weights may have set
     seconds: float  # of training and evaluation so far
     teacher: str = ""  # SHA-256 of its file; states from before there were teachers have none
+    owed: bool = False  # the evaluation after this step is still to come, and what follows from it
 
 
 def save_state(path: Path, state: TrainState) -> None:

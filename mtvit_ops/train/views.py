@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from .._checks import check_count
 from .._timm import import_timm
 from ..photos import MEAN, STD
+from ..weights import ModelInfo
 from .images import ImageSet
 
 if TYPE_CHECKING:
@@ -93,6 +94,16 @@ class ViewOptions:
                 f" got {self.color_jitter}"
             )
 
+    @property
+    def eval_interpolation(self) -> str:
+        """Of evaluation, which draws nothing: ``"bicubic"`` or ``"bilinear"``."""
+        return "bicubic" if self.interpolation == "random" else self.interpolation
+
+
+def options_of(info: ModelInfo) -> ViewOptions:
+    """The evaluation that a file of weights was made for."""
+    return ViewOptions(crop_pct=info.crop_pct, interpolation=info.interpolation)
+
 
 @dataclass(frozen=True)
 class View:
@@ -154,7 +165,7 @@ def eval_view(img_size: int, options: ViewOptions) -> View:
     transform = _timm_data().create_transform(
         img_size,
         is_training=False,
-        interpolation="bicubic" if options.interpolation == "random" else options.interpolation,
+        interpolation=options.eval_interpolation,
         crop_pct=options.crop_pct,
         mean=MEAN,
         std=STD,

@@ -76,6 +76,24 @@ def test_the_predictor_learns_alone_as_long_as_it_should(two: Path) -> None:
         assert bool(others) == (name == "MT-ViT, predictor first")
 
 
+def test_an_evaluation_that_one_process_was_asked_to_stop_comes_again(two: Path) -> None:
+    for rank in range(2):
+        assert "saved after step 6 of 12" in (two / f"said-{rank}").read_text()
+    for kind in ("train", "evaluate"):
+        pairs = zip(records(two / "dense, mixed", kind), records(two / "stopped in evaluation", kind), strict=True)
+        for one, other in pairs:
+            assert_close(one, other, one["step"])
+
+
+def test_processes_with_folders_of_their_own_do_not_go_on(two: Path) -> None:
+    for rank in range(2):
+        said = (two / f"apart-{rank}").read_text()
+        assert said.startswith("out must be one folder that all processes share, got ")
+        assert "where process 0 found the state of step 12, " in said
+        assert said.endswith("process 1 found no state")
+    assert not (two / "elsewhere").exists()
+
+
 def test_the_uneven_case_is_uneven(two: Path) -> None:
     """Images keep different numbers of tokens, so two processes' shares of a batch do."""
     model = load_model(two / "A-ViT, uneven" / "last.safetensors").model

@@ -178,6 +178,23 @@ def test_the_command(data: Path, weights: Path, tmp_path: Path, capsys: pytest.C
     assert f"{CLASSES[0]}/cut.png" in printed.err
 
 
+@pytest.mark.parametrize("target", ["nowhere/score.json", "file/score.json", "folder"])
+def test_a_place_for_the_score_that_cannot_be_is_told_first(
+    target: str,
+    data: Path,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("mtvit_ops.train.evaluation.evaluate", None)  # nothing is scored
+    assert call("evaluate", weights, "--data", data, "--json", tmp_path / target) == 2
+    assert f"cannot write {tmp_path / target}: " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [

@@ -98,8 +98,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, a
     monkeypatch.setattr(owner, name, replaced)
 
 
-# calls of a whole run: 2 epochs of 6 steps, saves after steps 2, 4, 6 of each, best and last at their ends
-CALLS = {"save_state": 6, "save_model": 3, "record": 14, "compute_loss": 12}
+# calls of a whole run: 2 epochs of 6 steps, saves after steps 2, 4, 6 of each and after the evaluation, best and last
+CALLS = {"save_state": 8, "save_model": 3, "record": 14, "compute_loss": 12, "score": 2}
 POINTS = [(name, call, False) for name, last in CALLS.items() for call in range(1, last + 1)]
 POINTS += [(name, call, True) for name in ("save_state", "save_model") for call in range(1, CALLS[name] + 1)]
 
@@ -127,6 +127,46 @@ def test_interrupted_at_every_point(
         assert_same_run(out, whole)
     # the second evaluation need not be better: the last one or two calls of save_model may be missing
     assert reached >= len(points) - 2
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_killed_while_it_evaluates(
+    call: int, whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(patch, fit, "score", call, after=False)
+        with pytest.raises(Killed):
+            train(make_recipe(), data, tmp_path, device="cpu")
+    state = load_state(tmp_path / "state.pt")
+    assert (state.step, state.owed) == (call * STEPS // 2, True)
+    train(make_recipe(), data, tmp_path, resume=True, device="cpu")
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_a_signal_ends_an_evaluation_between_two_batches(
+    evaluation: int, whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, evaluations, batches = fit.eval_batches, 0, 0
+
+    def signalling(*args: Any) -> Any:
+        nonlocal evaluations, batches
+        evaluations += 1
+        for batch in load(*args):
+            if evaluations == evaluation:
+                batches += 1
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    step = evaluation * STEPS // 2
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "eval_batches", signalling)
+        with pytest.raises(StoppedError, match=f"asked to stop: saved after step {step} of {STEPS}"):
+            train(make_recipe(), data, tmp_path, device="cpu")
+    assert batches == 1
+    assert load_state(tmp_path / "state.pt").step == step
+    train(make_recipe(), data, tmp_path, resume=True, device="cpu")
+    assert_same_run(tmp_path, whole)
 
 
 def with_worker(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from torch import Tensor
-from train_cases import StopsAt, make_data, make_recipe, records, write_recipe
+from train_cases import A_VIT, MICRO, StopsAt, make_data, make_recipe, records, write_recipe
 
 from mtvit_ops import cli, files
 from mtvit_ops.train import fit
 from mtvit_ops.train.fit import StoppedError, train
+from mtvit_ops.train.images import ImageSet
 from mtvit_ops.train.journal import Journal
 from mtvit_ops.train.order import TrainOrder
 from mtvit_ops.train.processes import Processes
@@ -175,7 +176,7 @@ def test_a_state_is_whole_or_the_old_one(step: str, begun: Path, monkeypatch: py
 
 
 def test_folders_that_cannot_be(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "compute_loss", None)  # no step is taken
+    monkeypatch.setattr(ImageSet, "read", None)  # no image is looked at
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(ValueError, match="out must be a folder or a place for one, got the file"):
@@ -224,6 +225,10 @@ def test_files_that_are_no_state(content: Any, what: str, tmp_path: Path) -> Non
         load_state(path)
 
 
+EVO_VIT = {"name": "evovit_tiny_patch16_224", **MICRO}
+MT_VIT = {"name": "mtvit_tiny_patch16_224", **MICRO, "grids": [1, 2], "predictor_size": 16}
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "error", "what"),
     [
@@ -237,12 +242,43 @@ def test_files_that_are_no_state(content: Any, what: str, tmp_path: Path) -> Non
         ({}, {"reset_head": True}, ValueError, "reset_head must be False without start"),
         ({}, {"start": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
         ({}, {"device": "cuda:7"}, ValueError, "device must be 'cpu' or None"),
+        ({}, {"teacher": "nowhere.safetensors"}, ValueError, "teacher must be None"),
+        ({"teacher.share": 0.5}, {"teacher": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
         ({"loss.ponder": 1.0}, {}, TypeError, "DenseLoss has no weight 'ponder'"),
+        ({"model": EVO_VIT}, {}, ValueError, "class_task must be 0 for a model without a second classifier"),
+        ({"model": {**A_VIT, "stop_with_class": True}}, {}, ValueError, "stop_with_class must be False in training"),
+        ({"model": A_VIT, "loss.target_depth": 4}, {}, ValueError, r"target_depth must be in \[1, 3\], got 4"),
+        (
+            {"model": A_VIT, "loss.statistic": "official", "optimiser.batch_size": 1, "mix": {}},
+            {},
+            ValueError,
+            "images must hold two images for the official statistic",
+        ),
+        ({"model": MT_VIT, "loss.temperature": 2.0}, {}, ValueError, r"temperature must be left out .*, got 2.0"),
+        ({"model": MT_VIT, "loss.mode": "tails", "plan.predictor_only": 0.5}, {}, ValueError, "predictor_only must be"),
+        (
+            {"model": MT_VIT, "loss.mode": "tails", "plan.temperature": [5.0, 1.0]},
+            {},
+            ValueError,
+            r"temperature must be \(1.0, 1.0\) in the loss's mode 'tails', which does not read it, got \(5.0, 1.0\)",
+        ),
+        ({"model": MT_VIT, "loss.mode": "tails", "plan.anneal_entropy": False}, {}, ValueError, "anneal_entropy must"),
+        ({"model": MT_VIT, "loss.mode": "regret", "plan.encoder_lr": 0.5}, {}, ValueError, "encoder_lr must be 1.0 in"),
+        ({"model": MT_VIT, "loss.cost_target": 0.01}, {}, ValueError, "cost_target must be in"),
+        ({"model": {**MT_VIT, "force_tail": 0}}, {}, ValueError, "force_tail must be None in mode 'dense'"),
+        ({"model": {**MICRO, "name": "vit_tiny_patch16_224", "in_chans": 1}}, {}, ValueError, "images must have shape"),
     ],
 )
-def test_wrong_use_writes_nothing(
-    changes: dict[str, Any], options: dict[str, Any], error: type[Exception], what: str, data: Path, tmp_path: Path
+def test_wrong_use_writes_nothing_and_is_told_before_an_image_is_decoded(
+    changes: dict[str, Any],
+    options: dict[str, Any],
+    error: type[Exception],
+    what: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(ImageSet, "read", None)
     with pytest.raises(error, match=what):
         train(make_recipe(changes), data, tmp_path / "run", **{"device": "cpu", **options})
     assert not (tmp_path / "run").exists()

@@ -145,6 +145,34 @@ def test_a_state_from_before_an_option_goes_on(data: Path, tmp_path: Path) -> No
         train(make_recipe(), data, tmp_path / "parts", resume=True, device="cpu")
 
 
+def test_what_changes_no_result_may_change_in_between(data: Path, tmp_path: Path) -> None:
+    train(make_recipe(), data, tmp_path / "whole", device="cpu")
+    with pytest.raises(StoppedError):
+        train(make_recipe(), data, tmp_path / "parts", device="cpu", progress=StopsAt(3))
+    changes = {"title": "other", "data.workers": 1, "run.log_steps": 5, "run.save_steps": 0}
+    train(make_recipe(changes), data, tmp_path / "parts", resume=True, device="cpu")
+    assert same_bits(state_of(tmp_path / "parts"), state_of(tmp_path / "whole"))
+    assert load_state(tmp_path / "parts" / "state.pt").recipe == make_recipe(changes).to_dict()
+    found, wanted = (load_model(tmp_path / run / "best.safetensors") for run in ("parts", "whole"))
+    assert same_bits(dict(found.model.state_dict()), dict(wanted.model.state_dict()))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_a_file_is_scored_through_the_crop_that_it_was_trained_with(
+    interpolation: str, data: Path, tmp_path: Path
+) -> None:
+    changes = {**ONE_EPOCH, "augment.interpolation": interpolation, "augment.crop_pct": 0.6}
+    result = train(make_recipe(changes), data, tmp_path / "run", device="cpu")
+    path = tmp_path / "run" / "last.safetensors"
+    assert evaluate(path, data, batch_size=4, workers=0, device="cpu") == result.score
+    info = load_model(path).info
+    assert info.interpolation == ("bicubic" if interpolation == "random" else interpolation)
+    (tmp_path / "other").mkdir()
+    other = info._replace(interpolation="bicubic" if interpolation == "bilinear" else "bilinear")
+    save_model(tmp_path / "other" / "w.safetensors", result.model.state_dict(), other)
+    assert evaluate(tmp_path / "other" / "w.safetensors", data, batch_size=4, workers=0, device="cpu") != result.score
+
+
 def start_file(path: Path, classes: int, method: str = "vit", **more: Any) -> Path:
     options = {"name": f"{method}_tiny_patch16_224", **MICRO, "num_classes": classes, **more}
     torch.manual_seed(9)
@@ -207,7 +235,8 @@ def test_broken_images_are_named_once(cache: bool, workers: int, tmp_path: Path)
     recipe = make_recipe({"optimiser.batch_size": 2, "data.cache": cache, "data.workers": workers})
     listens = Listens()
     result = train(recipe, data, tmp_path / "run", device="cpu", progress=listens)
-    assert (result.score.images, result.score.skipped) == (11, 0 if cache else 1)
+    assert (result.score.images, result.score.skipped) == (11, 1)
+    assert [record["skipped"] for record in records(tmp_path / "run", "evaluate")] == [1, 1]
     told = [line for line in listens.said if line.startswith("not used: ")]
     for name in ("ant/cut.png", "bee/text.png", "bee/readme.txt"):
         assert name in told[-1]

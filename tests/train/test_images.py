@@ -116,6 +116,7 @@ def test_broken_files_are_named_once_and_skipped(kind: str, tmp_path: Path) -> N
         assert [problem.path for problem in uncached.problems] == broken
     assert all(reasons[problem.path] in problem.reason for problem in uncached.problems)
     assert cached.problems == uncached.problems
+    assert (cached.dropped, uncached.dropped) == (3, 0)
     assert cached.names == NAMES
     assert cached.targets == [CLASSES.index(name.split("/")[0]) for name in NAMES]
     readable = [image for image in pixels(uncached) if image is not None]
@@ -143,6 +144,41 @@ def test_a_damaged_member_is_a_problem(tmp_path: Path) -> None:
     assert [problem.path for problem in found.problems] == ["ant/a.png"]
     assert "CRC" in found.problems[0].reason
     assert found.names == [name for name in NAMES if name != "ant/a.png"]
+
+
+def spoilt(path: Path, name: str, compression: int) -> Path:
+    """The archive with another byte in every eighth place of a packed file."""
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(name)
+        assert entry.compress_type == compression
+    content = bytearray(path.read_bytes())
+    start = entry.header_offset + 30 + len(name)
+    for place in range(start + 9, start + entry.compress_size, 8):  # behind LZMA's own header
+        content[place] ^= 255
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_damaged_member_is_a_problem_however_it_is_packed(cache: bool, compression: int, tmp_path: Path) -> None:
+    path = make_zip(make_folder(tmp_path / "set", "train"), tmp_path / "set.zip", compression=compression)
+    found = open_images(spoilt(path, "train/ant/a.png", compression), "train", cache=cache)
+    lost = [] if cache else [None]
+    assert [image if image is None else 1 for image in pixels(found)] == [*lost, *[1] * (len(NAMES) - 1)]
+    assert [problem.path for problem in found.problems] == ["ant/a.png"]
+    assert found.problems[0].reason.startswith("cannot be read: ")
+
+
+def test_a_member_packed_in_an_unknown_way_is_a_problem(tmp_path: Path) -> None:
+    path = make_zip(make_folder(tmp_path / "set", "train"), tmp_path / "set.zip")
+    with zipfile.ZipFile(path) as archive:
+        archive.getinfo("train/ant/a.png").compress_type = 97  # what nobody reads
+        found = open_images(path, "train", cache=False)
+        assert found.problems == []
+        found._storage._opened = os.getpid(), archive  # type: ignore[union-attr]
+        assert found.read(0) is None
+    assert "compression" in found.problems[0].reason
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -325,3 +361,13 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     assert _pixel_cache.available_memory() == 800
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert _pixel_cache.available_memory() == 100
+
+
+def test_a_process_s_share_of_the_memory_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(tmp_path / "set", "train")
+    needed = open_images(folder, "train", cache=True).cached_bytes
+    monkeypatch.setattr(_pixel_cache, "_of_container", lambda folder: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for available, is_cached in ((4 * 3 * needed, True), (4 * 3 * needed - 4, False)):
+        monkeypatch.setattr(_pixel_cache, "_of_machine", lambda available=available: available)
+        assert bool(open_images(folder, "train").cached_bytes) == is_cached

@@ -74,6 +74,10 @@ def test_changes_win_and_leave_their_source_alone(tmp_path: Path) -> None:
         ({"optimiser.betas": [0.9]}, r"betas must be two numbers, got \[0.9\]"),
         ({"optimiser.warmup_epochs": 3}, r"warmup_epochs must be in \[0.0, 2.0\], got 3"),
         ({"optimiser.ema_decay": 1.0}, "ema_decay must be below 1"),
+        ({"optimiser.lr": 9e-6}, r"min_lr must be at most lr 9e-06, or the rate would rise to it, got 1e-05"),
+        ({"mix": {"label_smoothing": 0.1}}, r"\[mix\]: label_smoothing must be 0 without mixing, .*, got 0.1"),
+        ({"mix.prob": 0.0, "mix.label_smoothing": 0.1}, "label_smoothing must be 0 without mixing"),
+        ({"teacher.temperature": 2.0}, r"\[teacher\]: temperature must be 1 where share is 0, .*, got 2.0"),
         ({"mix.prob": 1.1}, r"\[mix\]: prob must be "),
         ({"mix.mixup": -1.0}, "mixup must be "),
         ({"regularise.drop_path": 1.0}, r"\[regularise\]: drop_path must be below 1, or nothing is left"),
@@ -104,6 +108,11 @@ def test_changes_win_and_leave_their_source_alone(tmp_path: Path) -> None:
 def test_what_cannot_be_meant(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(RecipeError, match=what):
         make_recipe(changes)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "multistep"])
+def test_a_rate_below_an_end_that_is_not_read(schedule: str) -> None:
+    assert make_recipe({"optimiser.lr": 1e-30, "optimiser.schedule": schedule}).optimiser.min_lr == 1e-5
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
@@ -190,6 +199,13 @@ def test_drop_path_and_repeats_of_the_recipes() -> None:
         assert rates[0] == 0
         assert rates[-1] == pytest.approx(rate, rel=1e-15)
     assert found == AUTHORS
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_labels_are_smoothed_once(path: Path) -> None:
+    recipe = load_recipe(path)
+    _, weights = loss_of(build_model(recipe, 10), recipe.loss)
+    assert recipe.mix.label_smoothing == 0 or weights.label_smoothing == 0
 
 
 def test_the_rates_of_a_cosine() -> None:

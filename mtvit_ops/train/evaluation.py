@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def evaluate(
     outputs = model.config.num_classes
     if len(images.classes) != outputs:
         raise ValueError(f"{data} must have the model's {outputs} classes, got {len(images.classes)}")
-    loader = eval_batches(
+    loading = eval_batches(
         images,
         model.config.img_size,
         options_of(info),
@@ -71,7 +72,8 @@ def evaluate(
         processes.world_size,
     )
     dtype = torch.bfloat16 if precision == "bfloat16" else None
-    found = score(model.to(processes.device), loader, autocast=dtype, distributed=processes.world_size > 1)
+    with closing(loading) as batches:
+        found = score(model.to(processes.device), batches, autocast=dtype, distributed=processes.world_size > 1)
     for problem in images.problems:
         progress.say(f"not used: {problem.path} {problem.reason}")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,24 +208,26 @@ class _Run:
 
     def _train_epoch(self, epoch: int, first: int, journal: Journal, request: StopRequest) -> None:
         run = self.recipe.run
-        loader = train_batches(self.train_set, self.recipe, self.model.config.img_size, self.order, epoch, first)
+        size = self.model.config.img_size
         terms: list[Tensor] = []
         names: list[str] = []
         alone = self.processes.world_size == 1  # several have to ask each other, at the same steps
-        for images, targets in loader:
-            names, values = self._train_step(images, targets)
-            terms.append(values)
-            self.step += 1
-            ends = self.step % self.order.steps == 0
-            if self.step % run.log_steps == 0 or ends or (alone and request.signal is not None):
-                self._collect(names, terms)
-                if self.step % run.log_steps == 0 or ends:
-                    self._log(journal)
-                if not ends and self.processes.any(request.signal is not None):
-                    self._stop(journal, request)
-            if run.save_steps and self.step % run.save_steps == 0 and not ends:
-                self._collect(names, terms)
-                self._save()
+        # closed whatever happens: an error that keeps this frame would keep workers, for which the process would wait
+        with closing(train_batches(self.train_set, self.recipe, size, self.order, epoch, first)) as batches:
+            for images, targets in batches:
+                names, values = self._train_step(images, targets)
+                terms.append(values)
+                self.step += 1
+                ends = self.step % self.order.steps == 0
+                if self.step % run.log_steps == 0 or ends or (alone and request.signal is not None):
+                    self._collect(names, terms)
+                    if self.step % run.log_steps == 0 or ends:
+                        self._log(journal)
+                    if not ends and self.processes.any(request.signal is not None):
+                        self._stop(journal, request)
+                if run.save_steps and self.step % run.save_steps == 0 and not ends:
+                    self._collect(names, terms)
+                    self._save()
         epochs = epoch + 1
         self.owed = epochs % run.eval_epochs == 0 or epochs == self.recipe.optimiser.epochs
         self._save()
@@ -334,7 +336,7 @@ class _Run:
         model = self._judged
         self.plan.at(model, self.recipe.loss, self.step / self.total)
         recipe = self.recipe
-        loader = eval_batches(
+        loading = eval_batches(
             self.val_set,
             self.model.config.img_size,
             recipe.augment,
@@ -344,8 +346,8 @@ class _Run:
             processes.world_size,
         )
         dtype = torch.bfloat16 if recipe.run.precision == "bfloat16" else None
-        heeding = self._until_stopped(loader, journal, request)
-        with processes.weights.whole(self._holder):
+        with processes.weights.whole(self._holder), closing(loading) as batches:
+            heeding = self._until_stopped(batches, journal, request)
             found = score(model, heeding, autocast=dtype, distributed=processes.world_size > 1)
         # what a cache left out is broken as well, and every process has left out the same
         return found._replace(skipped=found.skipped + self.val_set.dropped)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -16,11 +16,14 @@ from .order import TrainOrder
 from .recipe import Recipe
 from .views import EvalViews, TrainViews, ViewOptions, eval_view, train_view
 
+# whose workers end when it is closed, and before that with nothing but SIGKILL
+Batches = Generator[tuple[Tensor, Tensor], None, None]
+
 
 def train_batches(
     images: ImageSet, recipe: Recipe, img_size: int, order: TrainOrder, epoch: int, first_step: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's batches (pixels, targets) of an epoch, from a step on."""
+) -> Batches:
+    """This process's batches (pixels, targets) of an epoch, from a step on; whoever leaves early closes them."""
     own = recipe.augment if recipe.data.augment_on == "workers" else worker_options(recipe.augment)
     views = TrainViews(images, train_view(img_size, own), recipe.run.seed)
     return _load(views, list(order.batches(epoch, first_step)), recipe.data.workers)
@@ -34,14 +37,14 @@ def eval_batches(
     workers: int,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Batches:
     """This process's batches of all images, each in one process only; a target of -1: not readable."""
     views = EvalViews(images, eval_view(img_size, augment))
     own = list(range(rank, len(images), world_size))
     return _load(views, [own[start : start + batch_size] for start in range(0, len(own), batch_size)], workers)
 
 
-def _load(views: Any, batches: list[Any], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _load(views: Any, batches: list[Any], workers: int) -> Batches:
     loader: DataLoader[Any] = DataLoader(
         views,
         batch_sampler=batches,  # type: ignore[arg-type]  # any list of lists of keys
@@ -49,8 +52,15 @@ def _load(views: Any, batches: list[Any], workers: int) -> Iterator[tuple[Tensor
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals,
     )
-    for pixels, targets, _ in loader:
-        yield pixels, targets
+    iterator = iter(loader)
+    try:
+        for pixels, targets, _ in iterator:
+            yield pixels, targets
+    finally:
+        # not left to the iterator's end, which the traceback of an error puts off; this has no public name
+        end_workers = getattr(iterator, "_shutdown_workers", None)
+        if end_workers is not None:
+            end_workers()
 
 
 def _leave_signals(worker: int) -> None:

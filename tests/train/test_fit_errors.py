@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -331,3 +333,31 @@ def test_a_request_that_is_sent_twice_is_one(monkeypatch: pytest.MonkeyPatch) ->
         now = 2.0
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+UNCAUGHT = """
+import sys, torch
+from train_cases import make_recipe
+from mtvit_ops.train import fit
+
+def fail(*_, **__):
+    raise RuntimeError("what nobody expected")
+
+{where} = fail
+fit.train(make_recipe({{"data.workers": 1, "data.cache": False}}), sys.argv[1], sys.argv[2], device="cpu")
+"""
+
+
+@pytest.mark.parametrize("where", ["fit._Run._train_step", "fit.score"])
+def test_an_error_that_nobody_catches_ends_the_workers_too(where: str, data: Path, tmp_path: Path) -> None:
+    paths = os.pathsep.join((str(Path(__file__).parents[1]), str(Path(__file__).parents[2])))
+    run = subprocess.run(
+        [sys.executable, "-c", UNCAUGHT.format(where=where), str(data), str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,  # it would wait for ever
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "what nobody expected" in run.stderr

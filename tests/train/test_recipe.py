@@ -13,7 +13,7 @@ from train_cases import RECIPE, make_recipe, write_recipe
 
 from mtvit_ops.nn import drop_path_twin
 from mtvit_ops.train.build import build_model
-from mtvit_ops.train.compute_loss import loss_of
+from mtvit_ops.train.compute_loss import compute_loss, loss_of
 from mtvit_ops.train.order import TrainOrder
 from mtvit_ops.train.parts import Schedule, make_optimiser
 from mtvit_ops.train.plan import make_plan
@@ -135,6 +135,27 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 def test_there_are_recipes() -> None:
     assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_has_a_first_and_a_last_step(path: Path) -> None:
+    recipe = load_recipe(path)
+    torch.manual_seed(0)
+    model = build_model(recipe, 10).train()
+    plan = make_plan(model, recipe.plan)
+    plan.start(model, recipe.loss)
+    size = model.config.img_size
+    images, target = torch.randn(2, 3, size, size), torch.tensor([3, 8])
+    if recipe.mix.mixes or recipe.teacher.share:
+        target = torch.randn(2, 10).softmax(dim=1)
+    for progress in (0.0, 1.0):
+        model.zero_grad()
+        loss, parts = compute_loss(model, images, target, **plan.at(model, recipe.loss, progress))
+        loss.backward()
+        assert all(bool(part.isfinite()) for part in (loss, *parts.values()))
+        grads = [each.grad for each in model.parameters() if each.grad is not None]
+        assert all(bool(grad.isfinite().all()) for grad in grads)
+        assert any(bool((grad != 0).any()) for grad in grads)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

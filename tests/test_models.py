@@ -56,7 +56,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mode": "threshold",
         "temperature": 2.0,
     },
-    "mtvit": {"grids": (1, 4), "predictor_size": 16, "force_tail": 0, "cost_weight": 0.5},
+    "mtvit": {
+        "grids": (1, 4),
+        "predictor_size": 16,
+        "force_tail": 0,
+        "cost_weight": 0.5,
+        "predictor_width": 2,
+        "class_head": True,
+    },
     "vit": {"pool": "mean"},
 }
 

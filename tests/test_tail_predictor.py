@@ -58,34 +58,30 @@ def arguments(predictor: TailPredictor, images: Tensor) -> tuple:
     return images, predictor.image_size, *given
 
 
-@DTYPES
-@pytest.mark.parametrize("case", SIZES)
-def test_against_float64(case: str, dtype: torch.dtype) -> None:
-    batch, channels, height, width, size = SIZES[case]
-    predictor = make_predictor(channels, size, dtype)
-    images = torch.randn(batch, channels, height, width).to(dtype)
+def assert_as_in_float64(predictor: TailPredictor, images: Tensor) -> None:
     with torch.inference_mode():
         got = native.tail_predictor(*arguments(predictor, images))
         exact = in_pytorch(copy.deepcopy(predictor).double(), images.double())
         with _backend.use_backend("reference"):
             plain = predictor(images)
         assert torch.equal(predictor(images), got)
-    assert got.shape == (batch, 3)
+    assert got.shape == (len(images), 3)
     assert_close_to_float64("logits", got, exact, plain)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", SIZES)
+def test_against_float64(case: str, dtype: torch.dtype) -> None:
+    batch, channels, height, width, size = SIZES[case]
+    images = torch.randn(batch, channels, height, width).to(dtype)
+    assert_as_in_float64(make_predictor(channels, size, dtype), images)
 
 
 @DTYPES
 @pytest.mark.parametrize("width", [2, 3])
 def test_wider_ones(width: int, dtype: torch.dtype) -> None:
     predictor = make_predictor(3, 96, dtype, width=width)
-    images = torch.randn(2, 3, 112, 112).to(dtype)
-    with torch.inference_mode():
-        got = native.tail_predictor(*arguments(predictor, images))
-        exact = in_pytorch(copy.deepcopy(predictor).double(), images.double())
-        with _backend.use_backend("reference"):
-            plain = predictor(images)
-        assert torch.equal(predictor(images), got)
-    assert_close_to_float64("logits", got, exact, plain)
+    assert_as_in_float64(predictor, torch.randn(2, 3, 112, 112).to(dtype))
     assert predictor.features[-3].out_channels == 96 * width
 
 

@@ -43,7 +43,7 @@ bool step_token(const Gate& gate, const State& s, int64_t row, float channel) {
   const float grown = s.cumulative[row] + step;
   const bool reached = grown > gate.bar, going = grown < gate.bar;
   s.score[row] = score;
-  s.share[row] = reached ? s.remainder[row] : going ? step : 0.0f;
+  s.share[row] = reached ? s.remainder[row] : going ? step : step * 0.0f;  // NaN for NaN
   s.cumulative[row] = grown;
   s.ponder[row] += reached ? 1.0f + s.remainder[row] : 1.0f;
   s.remainder[row] -= step * static_cast<float>(going);  // a NaN stays one

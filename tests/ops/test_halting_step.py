@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtvit_ops import available_backends, use_backend
 from mtvit_ops.ops import HaltingState, halting_step, initial_halting_state
 from mtvit_ops.testing import assert_equal, assert_matches_formula, offsets, random_tensor
 
@@ -160,6 +161,24 @@ def test_a_sum_of_exactly_one_minus_eps_halts_without_weight(backend: str, devic
     assert step.state.counters.item() == 1
     assert step.state.ponder.item() == 1  # without the remainder
     assert_equal("output", step.state.output, before.output)
+
+
+def test_a_gate_that_is_no_number_halts_nothing_and_spoils_its_sums() -> None:
+    if not available_backends()["cpp"].available:
+        pytest.skip("no native operators here")
+    x = torch.ones(3, 4)
+    x[1, 0] = math.nan
+    found = []
+    for backend in ("cpp", "reference"):
+        with use_backend(backend):
+            readout = int32(0, 1, 2)
+            begin = initial_halting_state(x, readout)
+            found.append(halting_step(x, None, int32(0, 3), readout, begin, gate_scale=1.0, gate_center=2.0))
+    native, plain = found
+    assert_equal("rows", native.rows[: int(native.cu_seqlens[-1])], plain.rows[: int(plain.cu_seqlens[-1])])
+    for name, value in native.state._asdict().items():
+        torch.testing.assert_close(value, getattr(plain.state, name), equal_nan=True, msg=name)
+    assert native.state.remainder.isnan().tolist() == [False, True, False]
 
 
 def int32(*values: int) -> Tensor:

@@ -18,9 +18,9 @@ from .methods._tail_init import resize_pos_embed
 from .nn import VisionTransformer
 
 _EVO_NAMES = (("qks.{}.qk", "qk"), ("vs.{}.v", "v"), ("norms.{}", "norm1"), ("projs.{}", "attn.proj"))
-_PREDICTOR = ("method.predictor.", "method.head_cls.")
+_PREDICTOR = "method.predictor."
 _TAIL = ("projections.{}.weight", "projections.{}.bias", "pos_embeds.{}")
-# Evo-ViT's second classifier and the one behind MT-ViT's predictor, which a model for inference does not have
+# Evo-ViT's second classifier, which a model for inference does not have
 _TRAINING_HEAD = tuple(f"{layer}_cls.{kind}" for layer in ("head", "norm") for kind in ("weight", "bias"))
 
 
@@ -49,7 +49,7 @@ def load_checkpoint(
     ``"model"`` or ``"state_dict"`` entry; loaded with ``weights_only=True``). A method's own parameters may be missing
     from a file of the plain backbone: MT-ViT's cheaper tails are then derived from it, the others keep their values. Of
     an MT-ViT with other grids, the tails whose grids the model has too are taken, but not the predictor, which chose
-    among others; nor is a predictor of another width.
+    among others; nor is a predictor of another width, or with a classifier where the model's has none.
 
     Args:
         model: from ``create_model``.
@@ -80,7 +80,11 @@ def load_checkpoint(
         state, others = _take_tails(state, own)
         ignored += others
     if reset_head:
-        heads = {name: own[name] for name in own if name.startswith(("head.", "method.head_cls."))}
+        heads = {
+            name: own[name]
+            for name in own
+            if name.startswith(("head.", "method.head_cls.", "method.predictor.head_cls."))
+        }
         ignored += tuple(name for name in heads if name in state)
         state.update(heads)
     positions = state.get("pos_embed")
@@ -228,13 +232,13 @@ def _take_tails(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[
 
     theirs, ours = shapes(state), shapes(own)
     places = {index: place for place, shape in ours.items() for index, each in theirs.items() if each == shape}
-    first = "method.predictor.features.0.weight"
-    if theirs == ours and first in state and state[first].shape != own[first].shape:  # of another width
+    ends = [f"method.predictor.{name}.weight" for name in ("features.0", "head")]
+    if theirs == ours and any(end in state and state[end].shape != own[end].shape for end in ends):  # of another width
         taken = {name: value for name, value in state.items() if not name.startswith(_PREDICTOR)}
         return taken, tuple(name for name in state if name not in taken)
     if theirs == ours or not places:  # the usual case; nothing in common, which is refused with the rest
         return state, ()
-    prefixes = ("method.projections.", "method.pos_embeds.", *_PREDICTOR)
+    prefixes = ("method.projections.", "method.pos_embeds.", _PREDICTOR)
     taken = {name: value for name, value in state.items() if not name.startswith(prefixes)}
     for index, place in places.items():
         taken.update({f"method.{name}".format(place): state[f"method.{name}".format(index)] for name in _TAIL})

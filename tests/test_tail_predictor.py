@@ -32,10 +32,12 @@ SIZES = {  # (batch, channels, height, width, predictor_size)
 }
 
 
-def make_predictor(channels: int, size: int, dtype: torch.dtype, tails: int = 3, width: int = 1) -> TailPredictor:
+def make_predictor(
+    channels: int, size: int, dtype: torch.dtype, tails: int = 3, width: int = 1, classes: int = 0
+) -> TailPredictor:
     """One that has learned: no number is where it began."""
     torch.manual_seed(0)
-    predictor = TailPredictor(channels, tails, size, width)
+    predictor = TailPredictor(channels, tails, size, width, classes)
     for part in predictor.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.weight.data.normal_(1.0, 0.3)
@@ -44,12 +46,19 @@ def make_predictor(channels: int, size: int, dtype: torch.dtype, tails: int = 3,
             part.running_var.uniform_(0.3, 2.0)
     nn.init.normal_(predictor.head.weight)
     nn.init.normal_(predictor.head.bias)
+    if classes:
+        nn.init.normal_(predictor.head_cls.weight)
+        nn.init.normal_(predictor.head_cls.bias)
     return predictor.eval().to(dtype)
 
 
 def in_pytorch(predictor: TailPredictor, images: Tensor) -> Tensor:
     small = F.interpolate(images, (predictor.image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
-    return predictor.head(predictor.features(small).mean(dim=(2, 3)))
+    features = predictor.features(small).mean(dim=(2, 3))
+    if hasattr(predictor, "head_cls"):
+        shares = predictor.head_cls(features).softmax(dim=1)
+        features = torch.cat([features, torch.special.entr(shares).sum(dim=1, keepdim=True)], dim=1)
+    return predictor.head(features)
 
 
 def arguments(predictor: TailPredictor, images: Tensor) -> tuple:
@@ -83,6 +92,46 @@ def test_wider_ones(width: int, dtype: torch.dtype) -> None:
     predictor = make_predictor(3, 96, dtype, width=width)
     assert_as_in_float64(predictor, torch.randn(2, 3, 112, 112).to(dtype))
     assert predictor.features[-3].out_channels == 96 * width
+
+
+@DTYPES
+@pytest.mark.parametrize("classes", [1, 2, 10, 1000])
+def test_with_a_classifier(classes: int, dtype: torch.dtype) -> None:
+    predictor = make_predictor(3, 64, dtype, classes=classes)
+    images = torch.randn(5, 3, 80, 80).to(dtype)
+    assert_as_in_float64(predictor, images)
+    with torch.inference_mode():
+        scores = predictor(images)
+        predictor.head.weight[:, -1] = 0
+        assert torch.equal(scores, predictor(images)) == (classes == 1)  # one class has no entropy
+
+
+def test_a_sure_classifier() -> None:
+    predictor = make_predictor(3, 32, torch.float32, classes=3).train()
+    nn.init.constant_(predictor.head_cls.weight, 0.0)
+    predictor.head_cls.bias.data = torch.tensor([300.0, 0.0, -300.0])  # probabilities of 0 in float32
+    images = torch.randn(4, 3, 32, 32)
+    predictor(images).square().sum().backward()
+    assert all(bool(value.grad.isfinite().all()) for value in predictor.parameters())
+    predictor.eval()
+    with torch.inference_mode():
+        assert_as_in_float64(predictor, images)
+
+
+def test_operations_are_counted() -> None:
+    for classes in (0, 10):
+        predictor = make_predictor(3, 32, torch.float32, classes=classes)
+        counted = 0
+
+        def count(layer: nn.Module, _: object, out: Tensor) -> None:
+            nonlocal counted
+            counted += layer.weight.numel() * (out.shape[2] * out.shape[3] if out.dim() == 4 else 1)
+
+        for part in predictor.modules():
+            if isinstance(part, (nn.Conv2d, nn.Linear)):
+                part.register_forward_hook(count)
+        predictor(torch.randn(1, 3, 32, 32))
+        assert predictor.macs() == counted
 
 
 def test_strides_threads_and_repetition_change_no_bit() -> None:
@@ -211,8 +260,25 @@ BAD = {
         lambda a: (*a[:2], [a[2][0], a[2][1][:5], *a[2][2:]], *a[3:]),
         r"layers must have shape \(16,\), got \(5,\)",
     ),
-    "head": (lambda a: (*a[:4], a[4][:, :5], a[5]), r"head_weight must have shape \(K, 96\), got \(3, 5\)"),
-    "head_bias": (lambda a: (*a[:5], a[5][:2]), r"head_bias must have shape \(3,\), got \(2,\)"),
+    "head": (lambda a: (*a[:4], a[4][:, :5], *a[5:]), r"head_weight must have shape \(K, 96\), got \(3, 5\)"),
+    "head_bias": (lambda a: (*a[:5], a[5][:2], *a[6:]), r"head_bias must have shape \(3,\), got \(2,\)"),
+    "class_weight": (
+        lambda a: (*a[:4], torch.zeros(3, 97), a[5], torch.zeros(4, 95), torch.zeros(4)),
+        r"class_weight must have shape \(N, 96\), got \(4, 95\)",
+    ),
+    "class_bias": (
+        lambda a: (*a[:4], torch.zeros(3, 97), a[5], torch.zeros(4, 96), torch.zeros(5)),
+        r"class_bias must have shape \(4,\), got \(5,\)",
+    ),
+    "no classes": (
+        lambda a: (*a[:4], torch.zeros(3, 97), a[5], torch.zeros(0, 96), torch.zeros(0)),
+        r"class_weight must have classes, got \(0, 96\)",
+    ),
+    "head before a classifier": (
+        lambda a: (*a[:6], torch.zeros(4, 96), torch.zeros(4)),
+        r"head_weight must have shape \(K, 97\), got \(3, 96\)",
+    ),
+    "one of the two": (lambda a: (*a[:6], torch.zeros(4, 96)), "class_weight and class_bias must be given together"),
 }
 
 

@@ -28,8 +28,12 @@ def case_tail_predictor(draw: Draw) -> tuple[Any, Any]:
         layers += [opaque(draw, draw.tensor(shape[0]).abs() + 1)]
     if draw.spoilt():
         layers = layers[:-1]
-    head = draw.tensor(tails, shapes[-1][0]), draw.tensor(tails)
-    got = native.tail_predictor(images, size, layers, 1e-5, *head)
+    means, classes = shapes[-1][0], draw.size(5)
+    head = draw.tensor(tails, means + (classes > 0)), draw.tensor(tails)
+    classifier = (draw.tensor(classes, means), draw.tensor(classes)) if classes else ()
+    if classifier and draw.spoilt():
+        classifier = classifier[:1]
+    got = native.tail_predictor(images, size, layers, 1e-5, *head, *classifier)
 
     def expected() -> Tensor:
         x = F.interpolate(images.double(), (size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -39,6 +43,10 @@ def case_tail_predictor(draw: Draw) -> tuple[Any, Any]:
             stride = 4 if index == 0 else 1 + depthwise
             x = F.conv2d(x, weight, None, stride, shape[2] // 2, 1, shape[0] if depthwise else 1)
             x = F.batch_norm(x, mean, var, gamma, beta, eps=1e-5).relu()
-        return F.linear(x.mean(dim=(2, 3)), *(t.double() for t in head)).to(images.dtype)
+        features = x.mean(dim=(2, 3))
+        if classifier:
+            log_shares = F.linear(features, *(t.double() for t in classifier)).log_softmax(dim=1)
+            features = torch.cat([features, -(log_shares.exp() * log_shares).sum(dim=1, keepdim=True)], dim=1)
+        return F.linear(features, *(t.double() for t in head)).to(images.dtype)
 
     return got, expected

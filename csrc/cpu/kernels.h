@@ -150,7 +150,7 @@ struct PredictorTask {
   const float* const* weights;  // (1 + 2 * pairs,)
   const float* const* shifts;
   const float *head, *head_bias;  // (tails, padded width), (tails,)
-  int64_t pairs, tails, most_activations;
+  int64_t pairs, outputs, most_activations;
 };
 
 // A strip of resampled rows, the pixels, and the activations before and behind a layer.

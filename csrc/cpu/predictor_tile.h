@@ -142,7 +142,7 @@ void predict_tail_of(const PredictorTask& t, int64_t image, float* scratch, floa
     for (int64_t p = 0; p < high * across; ++p) total += load(x + p * width + v);
     store(y + v, total / float(high * across));
   }
-  for (int64_t k = 0; k < t.tails; ++k) {
+  for (int64_t k = 0; k < t.outputs; ++k) {
     Vec total{};
     for (int64_t v = 0; v < width; v += W) total += load(y + v) * load(t.head + k * width + v);
     logits[k] = sum(total) + t.head_bias[k];

@@ -2,9 +2,11 @@
 // then convolution, batch norm and ReLU seven times over, mean, linear layer. Everything in float32.
 //   images (B, C, H, W); layers: weight, and gamma, beta, mean, variance of the batch norm, of each convolution in
 //   order: (O, C, 3, 3) every fourth position, then pairs (O, 1, 3, 3) every second and (P, O, 1, 1); head (K, P) and
-//   (K,) out (B, K) in images' dtype. B may be 0. Images are independent of each other: threads write disjoint rows.
+//   (K,); with a classifier (N, P) and (N,), whose answer's entropy the head reads behind the means: (K, P + 1)
+//   out (B, K) in images' dtype. B may be 0. Images are independent of each other: threads write disjoint rows.
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "../checks.h"
@@ -94,8 +96,21 @@ Layer fold(const std::vector<Tensor>& layers, size_t index, int64_t outputs, int
   return folded;
 }
 
+// Of the softmax of N >= 1 logits.
+float entropy_of(const float* logits, int64_t count) {
+  const float most = *std::max_element(logits, logits + count);
+  float total = 0, weighted = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float share = std::exp(logits[i] - most);
+    total += share;
+    weighted += share * (logits[i] - most);
+  }
+  return std::log(total) - weighted / total;
+}
+
 Tensor tail_predictor(const Tensor& images, int64_t size, const std::vector<Tensor>& layers, double eps,
-                      const Tensor& head_weight, const Tensor& head_bias) {
+                      const Tensor& head_weight, const Tensor& head_bias, std::optional<Tensor> class_weight,
+                      std::optional<Tensor> class_bias) {
   check_dim("images", images, 4, "(B, C, H, W)");
   const Dtype dtype = check_dtype("images", images);
   const int64_t batch = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
@@ -107,6 +122,14 @@ Tensor tail_predictor(const Tensor& images, int64_t size, const std::vector<Tens
   check_dim("head_weight", head_weight, 2, "(K, P)");
   const int64_t tails = head_weight.size(0);
   check_length("head_bias", head_bias, tails);
+  MTVIT_CHECK(class_weight.has_value() == class_bias.has_value(), "class_weight and class_bias must be given together");
+  int64_t classes = 0;
+  if (class_weight) {
+    check_dim("class_weight", *class_weight, 2, "(N, P)");
+    classes = class_weight->size(0);
+    MTVIT_CHECK(classes > 0, "class_weight must have classes, got ", shape_of(*class_weight));
+    check_length("class_bias", *class_bias, classes);
+  }
 
   std::vector<Layer> folded;
   std::vector<int64_t> widths;
@@ -124,13 +147,25 @@ Tensor tail_predictor(const Tensor& images, int64_t size, const std::vector<Tens
     folded.push_back(fold(layers, index + 1, wider, widths.back(), 1, eps));
     widths.push_back(wider);
   }
-  MTVIT_CHECK(head_weight.size(1) == widths.back(), "head_weight must have shape (K, ", widths.back(), "), got ",
-              shape_of(head_weight));
-  const std::vector<float> head = floats("head_weight", head_weight), bias = floats("head_bias", head_bias);
-  const int64_t last_width = round_up(widths.back(), kMaxWidth);
-  std::vector<float> padded_head(static_cast<size_t>(tails * last_width));
+  const int64_t means = widths.back(), read = means + (classes > 0), last_width = round_up(means, kMaxWidth);
+  MTVIT_CHECK(head_weight.size(1) == read, "head_weight must have shape (K, ", read, "), got ", shape_of(head_weight));
+  const std::vector<float> head = floats("head_weight", head_weight);
+  std::vector<float> bias = floats("head_bias", head_bias);
+  // the classes are rows behind those of the tails
+  std::vector<float> padded_head(static_cast<size_t>((tails + classes) * last_width));
+  std::vector<float> by_entropy(static_cast<size_t>(tails));
   for (int64_t k = 0; k < tails; ++k) {
-    std::copy_n(head.data() + k * widths.back(), widths.back(), padded_head.data() + k * last_width);
+    std::copy_n(head.data() + k * read, means, padded_head.data() + k * last_width);
+    if (classes > 0) by_entropy[static_cast<size_t>(k)] = head[static_cast<size_t>(k * read + means)];
+  }
+  if (classes > 0) {
+    MTVIT_CHECK(class_weight->size(1) == means, "class_weight must have shape (N, ", means, "), got ",
+                shape_of(*class_weight));
+    const std::vector<float> rows = floats("class_weight", *class_weight), shift = floats("class_bias", *class_bias);
+    for (int64_t n = 0; n < classes; ++n) {
+      std::copy_n(rows.data() + n * means, means, padded_head.data() + (tails + n) * last_width);
+    }
+    bias.insert(bias.end(), shift.begin(), shift.end());
   }
 
   const Side rows = resampled_side(height, size), columns = resampled_side(width, size);
@@ -154,7 +189,7 @@ Tensor tail_predictor(const Tensor& images, int64_t size, const std::vector<Tens
   t.head = padded_head.data();
   t.head_bias = bias.data();
   t.pairs = static_cast<int64_t>(widths.size()) - 1;
-  t.tails = tails;
+  t.outputs = tails + classes;
   const int64_t positions = t.rows.count / 3 * (t.columns.count / 3);
   t.most_activations = positions * round_up(*std::max_element(widths.begin(), widths.end()), kMaxWidth);
 
@@ -163,7 +198,14 @@ Tensor tail_predictor(const Tensor& images, int64_t size, const std::vector<Tens
   const Kernels& native = kernels();
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(predictor_scratch_floats(t)));
-    for (int64_t b = begin; b < end; ++b) native.predict_tail(t, b, scratch.data(), logits + b * tails);
+    std::vector<float> row(static_cast<size_t>(tails + classes));
+    for (int64_t b = begin; b < end; ++b) {
+      native.predict_tail(t, b, scratch.data(), row.data());
+      const float entropy = classes > 0 ? entropy_of(row.data() + tails, classes) : 0;
+      for (int64_t k = 0; k < tails; ++k) {
+        logits[b * tails + k] = row[static_cast<size_t>(k)] + by_entropy[static_cast<size_t>(k)] * entropy;
+      }
+    }
   });
   return images.scalar_type() == ScalarType::Float ? out : torch::stable::to(out, images.scalar_type());
 }
@@ -173,8 +215,8 @@ Tensor tail_predictor(const Tensor& images, int64_t size, const std::vector<Tens
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
   m.def(
-      "tail_predictor(Tensor images, int size, Tensor[] layers, float eps, Tensor head_weight, Tensor head_bias) -> "
-      "Tensor");
+      "tail_predictor(Tensor images, int size, Tensor[] layers, float eps, Tensor head_weight, Tensor head_bias, "
+      "Tensor? class_weight=None, Tensor? class_bias=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {

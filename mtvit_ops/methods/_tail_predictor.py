@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,11 +24,13 @@ class TailPredictor(nn.Module):
         num_tails: K.
         image_size: side of what it looks at, pixels.
         width: times as many channels as ``WIDTHS``.
+        num_classes: of a classifier that reads the same features; the entropy of its answer is one more of them for the
+            scores, since how hard an image is shows in how many classes it could be. 0: none.
     """
 
     WIDTHS = (16, 32, 64, 96)
 
-    def __init__(self, in_chans: int, num_tails: int, image_size: int, width: int = 1) -> None:
+    def __init__(self, in_chans: int, num_tails: int, image_size: int, width: int = 1, num_classes: int = 0) -> None:
         super().__init__()
         self.image_size = image_size
         first, *wider = (width * channels for channels in self.WIDTHS)
@@ -35,20 +38,34 @@ class TailPredictor(nn.Module):
         for before, after in zip([first, *wider], wider):
             layers += [*_conv(before, before, 3, 2, before), *_conv(before, after, 1, 1, 1)]
         self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(wider[-1], num_tails)
+        self.head = nn.Linear(wider[-1] + (num_classes > 0), num_tails)
         # no tail is preferred before training
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        if num_classes:
+            self.head_cls = nn.Linear(wider[-1], num_classes)
+            nn.init.trunc_normal_(self.head_cls.weight, std=0.02)
+            nn.init.zeros_(self.head_cls.bias)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, K)
         native = None if self.training else _native_for(images)
         given = None if native is None else self._native_arguments(images)
         if native is not None and given is not None:
             return native(images, self.image_size, *given)
-        return self.head(self.look(images))
+        return self.judge(self.look(images))[0]
+
+    def judge(self, features: Tensor) -> tuple[Tensor, Tensor | None]:  # (B, P) -> (B, K), (B, num_classes)
+        """Scores of the tails and logits of the classes; None without a classifier."""
+        if "head_cls" not in self._modules:
+            return self.head(features), None
+        logits = self.head_cls(features)
+        # not entr: its gradient is NaN at a probability of 0
+        log_shares = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
+        entropy = -(log_shares.exp() * log_shares).sum(dim=1, keepdim=True)
+        return self.head(torch.cat([features, entropy.to(features.dtype)], dim=1)), logits
 
     def look(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, P)
-        """What the head reads."""
+        """What is judged."""
         size = (self.image_size, self.image_size)
         # no gradient reaches the image; resampling in float32, since not every device resamples half floats
         small = F.interpolate(images.detach().float(), size, mode="bilinear", antialias=True, align_corners=False)
@@ -61,7 +78,7 @@ class TailPredictor(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 side = (side - 1) // layer.stride[0] + 1
                 total += side**2 * layer.weight.numel()
-        return total + self.head.weight.numel()
+        return total + sum(part.weight.numel() for part in self.children() if isinstance(part, nn.Linear))
 
     def _native_arguments(self, images: Tensor) -> tuple[Any, ...] | None:
         """Those behind images and size; None: somebody changed a layer or watches it, so all must run themselves."""
@@ -70,15 +87,12 @@ class TailPredictor(nn.Module):
         parts = [*self.features._modules.values()]
         kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
         shapes = _geometry(len(self.WIDTHS))
-        head = self._modules["head"]
-        if (
-            len(parts) != 6 * len(self.WIDTHS) - 3
-            or head is None
-            or type(head) not in (nn.Linear, PackedLinear)
-            or not is_plain(head)
-        ):
+        heads = [self._modules["head"]]
+        if "head_cls" in self._modules:
+            heads.append(self._modules["head_cls"])
+        if len(parts) != 6 * len(self.WIDTHS) - 3 or not is_plain(self.features):
             return None
-        if not is_plain(self.features):
+        if not all(head is not None and type(head) in (nn.Linear, PackedLinear) and is_plain(head) for head in heads):
             return None
         # parameters are read from the dicts that hold them: attribute look-up would cost as much as the convolutions
         for index, part in enumerate(parts):
@@ -96,15 +110,14 @@ class TailPredictor(nn.Module):
                 if part.eps != eps or mean is None or var is None or part.training:
                     return None
                 layers += [parameters.get("weight"), parameters.get("bias"), mean, var]  # type: ignore[list-item]
-        weight, bias = head._parameters.get("weight"), head._parameters.get("bias")
-        tensors = [*layers, weight, bias]
-        for tensor in tensors:
+        linear = [head._parameters.get(name) for head in heads for name in ("weight", "bias")]  # type: ignore[union-attr]
+        for tensor in [*layers, *linear]:
             # a subclass, quantised, say, knows better
             if tensor is None or type(tensor) not in (nn.Parameter, Tensor):
                 return None
             if not tensor.is_cpu or tensor.dtype is not images.dtype:
                 return None
-        return layers, eps, weight, bias
+        return layers, eps, *linear, *[None] * (4 - len(linear))
 
 
 def _conv(width: int, wider: int, kernel: int, stride: int, groups: int) -> list[nn.Module]:

@@ -33,7 +33,7 @@ class MTViTConfig:
         predictor_width: times as many channels as the smallest predictor's, >= 1; its operations grow with the square.
         force_tail: take this tail for every image, without asking the predictor; None: ask.
         cost_weight: weight of a tail's relative cost against its score; larger is cheaper, negative dearer.
-        class_head: add a classifier behind the predictor, which only training reads.
+        class_head: let the predictor tell classes, too, and score by how sure of one it is; see ``TailPredictor``.
     """
 
     grids: tuple[int, ...] = (7, 10, 14)
@@ -87,7 +87,11 @@ class MTViT(Method):
         self.lengths = tuple(1 + grid**2 for grid in grids)  # tokens of an image
         if not hasattr(self, "predictor"):
             self.predictor = TailPredictor(
-                sizes.in_chans, len(grids), self.config.predictor_size, self.config.predictor_width
+                sizes.in_chans,
+                len(grids),
+                self.config.predictor_size,
+                self.config.predictor_width,
+                sizes.num_classes if self.config.class_head else 0,
             )
             # the dearest tail is the backbone's own patch embedding
             self.projections = nn.ModuleList(
@@ -98,10 +102,6 @@ class MTViT(Method):
                 nn.Parameter(torch.zeros(1, 1 + grid**2, sizes.embed_dim)) for grid in grids[:-1]
             )
             self.initialise_tails(model)
-        if self.config.class_head and not hasattr(self, "head_cls"):
-            self.head_cls = nn.Linear(self.predictor.head.in_features, sizes.num_classes)
-            nn.init.trunc_normal_(self.head_cls.weight, std=0.02)
-            nn.init.zeros_(self.head_cls.bias)
         predictor = 0 if self.config.force_tail is not None else self.predictor.macs()
         costs = [tail_macs(sizes, grid, kernel) for grid, (kernel, _) in zip(grids, self.geometry)]
         self.relative_costs = tuple((cost + predictor) / costs[-1] for cost in costs)

@@ -28,8 +28,13 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "dense": {"tails": 1.0, "distillation": 1.0, "flops": 2.0, "entropy": 0.01},
     "sparse": {"flops": 2.0, "entropy": 0.01},
     "tails": {"distillation": 1.0},
+    "classes": {},
     "regret": {"class_task": 0.0},
 }
+# where the predictor alone learns
+PREDICTOR_MODES = ("classes", "regret")
+_OF_CHOICES = ("cost_target", "one_sided", "temperature")
+_FIRST_TERM = {"classes": "class_task", "regret": "regret"}  # of the others: task
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,16 @@ class MTViTLoss:
     Attributes:
         mode: ``"dense"``: every image through all tails, the chosen one's logits count; ``"sparse"``: every image
             through its chosen tail only, so that tokens it does not take cost nothing; ``"tails"``: all tails, without
-            a choice (the first stage of training, before the predictor); ``"regret"``: the predictor alone, whose
-            scores learn what each tail's prediction lacks of the dearest one's. What a tail costs counts only when one
-            is chosen (``cost_weight``, for ``calibrate`` to set).
+            a choice (the first stage of training, before the predictor); ``"classes"``: the predictor alone, and
+            only its classifier, so that no tail runs; ``"regret"``: the predictor alone, whose scores learn how far
+            each tail's prediction is from the dearest one's. What a tail costs counts only when one is chosen
+            (``cost_weight``, for ``calibrate`` to set).
         tails: weight of the cross-entropies of all tails, without which a tail that is never picked never learns.
         distillation: weight of what the cheaper tails lack of the dearest one's prediction.
         flops: weight of the squared distance of the mean cost from ``cost_target``.
         entropy: weight of the balance of the tails over the batch, against collapse; see ``entropy_weight_at``.
-        class_task: weight of the classifier behind the predictor: what tells classes apart also tells how hard an image
-            is. Above 0 the model must have been made with ``class_head=True``.
+        class_task: weight of the predictor's classifier in mode ``"regret"``: what tells classes apart also tells how
+            hard an image is. Above 0, and in mode ``"classes"``, the model must have ``class_head=True``.
         cost_target: wanted mean cost, relative to the dearest tail: between the cheapest tail's and 1.
         estimator: how the predictor learns what a choice is worth. ``"gumbel"``: from a drawn choice, straight through;
             ``"expected"``: from the losses of all tails, weighed by its probabilities, which is the mean of what draws
@@ -57,7 +63,7 @@ class MTViTLoss:
 
     Weights lie in [0, 1e9]; None: 1, 1, 2, 0.01 and 0 in this order, and 0 for a term that the mode does not have
     (dense: ``class_task``; sparse: ``tails``, ``distillation``, ``class_task``; tails: all but ``distillation``;
-    regret: all but ``class_task``).
+    classes: all, since its one term weighs 1; regret: all but ``class_task``).
     """
 
     mode: str = "dense"
@@ -80,13 +86,19 @@ class MTViTLoss:
                 continue
             check_real(name, value, 0.0, 1e9)
             if value and name not in DEFAULTS[self.mode]:
-                raise ValueError(f"{name} must be 0 in mode {self.mode!r}, which has no such term, got {value}")
+                raise ValueError(f"{name} must be 0 in mode {self.mode!r}, which has no such weight, got {value}")
         check_real("cost_target", self.cost_target, 0.0, 1.0, open_low=True)
         check_choice("estimator", self.estimator, ("gumbel", "expected"))
         if self.estimator == "expected" and self.mode != "dense":
             raise ValueError(f"estimator must be 'gumbel' in mode {self.mode!r}, which does not run all tails")
         check_choice("one_sided", self.one_sided, (True, False))
         check_real("temperature", self.temperature, 0.0, 1e6, open_low=True)
+        for name in _OF_CHOICES:
+            value, default = getattr(self, name), getattr(MTViTLoss, name)
+            if self.mode not in ("dense", "sparse") and value != default:
+                raise ValueError(
+                    f"{name} must be {default!r} in mode {self.mode!r}, which chooses no tail, got {value!r}"
+                )
         check_real("label_smoothing", self.label_smoothing, 0.0, 1.0)
 
     def of_terms(self) -> dict[str, float]:
@@ -94,7 +106,7 @@ class MTViTLoss:
         defaults = DEFAULTS[self.mode]
         given = {name: getattr(self, name) for name in defaults}
         weights = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
-        return {"regret" if self.mode == "regret" else "task": 1.0, **weights}
+        return {_FIRST_TERM.get(self.mode, "task"): 1.0, **weights}
 
 
 class Choice(NamedTuple):
@@ -117,9 +129,10 @@ def loss(
     - ``distillation``: ``sum_k KL(o_K || o_k)`` over the cheaper tails, the dearest held constant.
     - ``flops``: ``(mean relative cost - cost_target)^2``, the mean over the batch of all processes, not an image's own.
     - ``entropy``: minus the entropy of the tails' mean probabilities over that batch.
-    - ``regret``: the mean over images and tails of ``(s_k + KL(o_K || o_k))^2``, with s the predictor's scores. It asks
-      for no label: whether a tail happened to be right says little about an image.
-    - ``class_task``, beside it, where it has a weight: the cross-entropy of the classifier behind the predictor.
+    - ``regret``: the mean over images and tails of ``(s_k + d_k)^2``, with s the predictor's scores and d_k in [0, 1]
+      the total variation distance between the softmaxes of o_K and o_k. It asks for no label: whether a tail happened
+      to be right says little about an image; and it is bounded: a divergence would learn of the few largest alone.
+    - ``class_task``, beside it where it has a weight, or alone: the cross-entropy of the predictor's classifier.
 
     Args:
         model: runs ``MTViT``. In training mode the choice is drawn (from PyTorch's generator), in evaluation mode it is
@@ -137,7 +150,7 @@ def loss(
             do not fit.
 
     All tails of a batch, or all chosen ones, are one packed pass through the encoder. Gradients flow to all parameters
-    of what ran, in mode ``"regret"`` to the predictor's and its classifier's alone; terms are float32 (float64 for
+    of what ran, in modes ``"classes"`` and ``"regret"`` to the predictor's alone; terms are float32 (float64 for
     float64). No device synchronisation.
 
     Source: MT-ViT, arXiv 2203.01587, for the idea; our design, see the module.
@@ -147,7 +160,7 @@ def loss(
         raise TypeError(f"model must run MTViT, got {type(method).__name__}")
     model.check_images(images)
     factors = weights.of_terms()
-    if weights.mode == "regret":
+    if weights.mode in PREDICTOR_MODES:
         return _weigh(_predictor_terms(model, method, images, target, weights), factors)
     terms: dict[str, Tensor] = {}
     choice = shares = None
@@ -222,27 +235,31 @@ def chosen_logits(model: VisionTransformer, images: Tensor, tail: Tensor) -> Ten
 
 
 def regret_term(scores: Tensor, model: VisionTransformer, images: Tensor) -> Tensor:
-    """How far scores (B, K) are from minus what each tail's prediction lacks of the dearest one's."""
+    """How far scores (B, K) are from minus the distance of each tail's prediction from the dearest one's."""
     with torch.no_grad():  # only the predictor learns
-        logits = _wide(all_logits(model, images)).log_softmax(dim=2)  # (K, B, C)
-        lacks = F.kl_div(logits, logits[-1:].expand_as(logits), reduction="none", log_target=True).sum(dim=2)
-    return F.mse_loss(scores, -lacks.T)
+        shares = _wide(all_logits(model, images)).softmax(dim=2)  # (K, B, C)
+        distances = 0.5 * (shares - shares[-1]).abs().sum(dim=2)
+    return F.mse_loss(scores, -distances.T)
 
 
 def _predictor_terms(
     model: VisionTransformer, method: MTViT, images: Tensor, target: Tensor, weights: MTViTLoss
 ) -> dict[str, Tensor]:
     _check_choosing(method, weights)
-    if weights.class_task and not method.config.class_head:
+    class_task = weights.of_terms()["class_task"]
+    if class_task and not method.config.class_head:
         raise ValueError(
-            "class_task must be 0 for a model without a classifier behind its predictor (class_head=True makes one),"
-            f" got {weights.class_task}"
+            "class_task must be 0 for a model whose predictor has no classifier (class_head=True makes one), got"
+            f" {class_task}"
         )
     check_target(target, len(images), model.config.num_classes, model.cls_token)
-    seen = method.predictor.look(images)
-    terms = {"regret": regret_term(_wide(method.predictor.head(seen)), model, images)}
-    if weights.class_task:
-        terms["class_task"] = task_loss(_wide(method.head_cls(seen)), target, weights.label_smoothing)
+    scores, classes = method.predictor.judge(method.predictor.look(images))
+    terms = {}
+    if weights.mode == "regret":
+        terms["regret"] = regret_term(_wide(scores), model, images)
+    if class_task:
+        assert classes is not None
+        terms["class_task"] = task_loss(_wide(classes), target, weights.label_smoothing)
     return terms
 
 

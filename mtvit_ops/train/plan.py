@@ -72,14 +72,14 @@ class MTViTPlan(Plan):
     """
     Attributes:
         predictor_only: share of the training in which tails and encoder stay as they are, [0, 1]; all of it in the
-            loss's mode ``"regret"``.
+            loss's modes ``"classes"`` and ``"regret"``.
         encoder_lr: learning rate of tails and encoder over the predictor's, (0, 1].
         temperature: of the Gumbel-Softmax at the start and at the end, falling exponentially, both > 0; the loss's own
             weight of this name is refused.
         anneal_entropy: the weight of the entropy falls to 0 over the first third.
 
-    In the loss's modes ``"tails"`` and ``"regret"``, where nothing is chosen, all but ``encoder_lr`` are refused;
-    in ``"regret"``, where only the predictor learns, that one is, too.
+    In the loss's modes ``"tails"``, ``"classes"`` and ``"regret"``, where nothing is chosen, all but ``encoder_lr`` are
+    refused; in the last two, where only the predictor learns, that one is, too.
     """
 
     predictor_only: float = 0.0
@@ -117,12 +117,13 @@ class MTViTPlan(Plan):
         mode = weights.get("mode", mt_vit.MTViTLoss().mode)
         if mode == "tails":
             return weights
-        learns = mode != "regret" and progress >= self.predictor_only
+        alone = mode in mt_vit.PREDICTOR_MODES
+        learns = not alone and progress >= self.predictor_only
         if model.cls_token.requires_grad != learns:
             for name, parameter in model.named_parameters():
                 if not name.startswith(_PREDICTOR):
                     parameter.requires_grad_(learns)
-        if mode == "regret":
+        if alone:
             return weights
         weights["temperature"] = mt_vit.temperature_at(progress, *self.temperature)
         if self.anneal_entropy:
@@ -137,9 +138,9 @@ class MTViTPlan(Plan):
 # by the loss's mode
 _UNREAD = {
     "tails": ("predictor_only", "temperature", "anneal_entropy"),
-    "regret": ("predictor_only", "encoder_lr", "temperature", "anneal_entropy"),
+    **dict.fromkeys(mt_vit.PREDICTOR_MODES, ("predictor_only", "encoder_lr", "temperature", "anneal_entropy")),
 }
-_PREDICTOR = ("method.predictor.", "method.head_cls.")
+_PREDICTOR = "method.predictor."
 _PLANS: dict[type, type[Plan]] = {EvoViT: EvoViTPlan, Life: LifePlan, MTViT: MTViTPlan}
 
 

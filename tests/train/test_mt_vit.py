@@ -183,7 +183,8 @@ def test_sparse_is_dense_but_for_the_predictors_gradient(backend: str, device: s
 def test_the_loss_by_hand(mode: str, backend: str, device: str) -> None:
     # in float64, from dense passes through one tail each, whose gradients add up
     model = in_float64(adaptive(device))
-    weights = MTViTLoss(mode, cost_target=0.6, label_smoothing=0.1)
+    target_cost = {} if mode == "tails" else {"cost_target": 0.6}
+    weights = MTViTLoss(mode, **target_cost, label_smoothing=0.1)
     step = Step(model, weights)
     images, target = make_images(BATCH).to(model.cls_token), TARGET.to(device)
     copies = [forced(model, tail) for tail in range(3)]

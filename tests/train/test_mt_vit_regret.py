@@ -1,4 +1,4 @@
-"""MT-ViT's predictor alone: its scores learn what each tail's prediction lacks of the dearest one's, and classes."""
+"""MT-ViT's predictor alone: its scores learn how far each tail's prediction is from the dearest one's; and classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mtvit_ops.nn import VisionTransformer
 from mtvit_ops.testing import assert_equal
-from mtvit_ops.train import compute_loss
+from mtvit_ops.train import compute_loss, mt_vit
 from mtvit_ops.train.mt_vit import MTViTLoss, loss
 from mtvit_ops.train.plan import make_plan
 
@@ -21,22 +21,22 @@ BATCH = 6
 TARGET = torch.tensor([1, 4, 0, 7, 3, 3])
 REGRET = MTViTLoss("regret")
 PREDICTOR = "method.predictor."
-CLASS_HEAD = "method.head_cls."
 
 
 def adaptive(device: str = "cpu", class_head: bool = False) -> VisionTransformer:
     return build("mtvit", device=device, predictor_size=32, class_head=class_head)
 
 
-def lacking(model: VisionTransformer, images: Tensor) -> Tensor:
-    """KL(dearest || tail), (B, K), from a dense pass through each tail."""
-    logits = []
+def distances(model: VisionTransformer, images: Tensor) -> Tensor:
+    """Total variation between dearest and tail, (B, K), from a dense pass through each tail."""
+    shares = []
     for tail in range(3):
         forced = copy.deepcopy(model)
         forced.method.config = dataclasses.replace(model.method.config, force_tail=tail)
         with torch.no_grad():
-            logits.append(forced(images).log_softmax(dim=1))
-    return torch.stack([(logits[2].exp() * (logits[2] - each)).sum(dim=1) for each in logits], dim=1)
+            shares.append(forced(images).softmax(dim=1))
+    # the larger of two shares, summed, is 1 plus their distance
+    return torch.stack([torch.maximum(shares[2], each).sum(dim=1) - 1 for each in shares], dim=1)
 
 
 def test_the_loss_by_hand(backend: str, device: str) -> None:
@@ -46,7 +46,7 @@ def test_the_loss_by_hand(backend: str, device: str) -> None:
     total.backward()
     twin = copy.deepcopy(model.method.predictor)
     twin.zero_grad()
-    want = (twin(images) + lacking(model, images)).square().sum() / (3 * BATCH)
+    want = (twin(images) + distances(model, images)).square().sum() / (3 * BATCH)
     want.backward()
     assert list(terms) == ["regret"]
     assert_rounding(total.detach(), want.detach())
@@ -72,11 +72,8 @@ def test_classes_beside_it_by_hand(soft: bool) -> None:
     total.backward()
     twin = copy.deepcopy(model.method)
     twin.zero_grad()
-    regret = (twin.predictor(images) + lacking(model, images)).square().mean()
-    seen = []
-    twin.predictor.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    twin.predictor(images)
-    logits = twin.head_cls(seen[0]).log_softmax(dim=1)
+    regret = (twin.predictor(images) + distances(model, images)).square().mean()
+    logits = twin.predictor.head_cls(twin.predictor.look(images)).log_softmax(dim=1)
     shares = target if soft else 0.9 * F.one_hot(TARGET, 10).double() + 0.01
     classes = -(shares * logits).sum() / BATCH
     (regret + 0.3 * classes).backward()
@@ -86,12 +83,38 @@ def test_classes_beside_it_by_hand(soft: bool) -> None:
     assert_rounding(total.detach(), (regret + 0.3 * classes).detach())
     grads = {f"method.{name}": value.grad for name, value in twin.named_parameters()}
     for name, value in model.named_parameters():
-        if name.startswith((PREDICTOR, CLASS_HEAD)):
+        if name.startswith(PREDICTOR):
             assert value.grad is not None, name
             assert_rounding(value.grad, grads[name])
             assert bool((value.grad != 0).any()), name
         else:
             assert value.grad is None, name
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_classes_alone_by_hand(soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = in_float64(adaptive(class_head=True))
+    images = make_images(BATCH).to(torch.float64)
+    target = torch.randn(BATCH, 10, dtype=torch.float64).softmax(dim=1) if soft else TARGET
+    monkeypatch.setattr(mt_vit, "all_logits", None)  # no tail runs
+    total, terms = loss(model, images, target, MTViTLoss("classes", label_smoothing=0.0 if soft else 0.1))
+    total.backward()
+    twin = copy.deepcopy(model.method.predictor)
+    twin.zero_grad()
+    shares = target if soft else 0.9 * F.one_hot(TARGET, 10).double() + 0.01
+    want = -(shares * twin.head_cls(twin.look(images)).log_softmax(dim=1)).sum() / BATCH
+    want.backward()
+    assert list(terms) == ["class_task"]
+    assert_rounding(terms["class_task"].detach(), want.detach())
+    assert_rounding(total.detach(), want.detach())
+    grads = dict(twin.named_parameters())
+    for name, value in model.named_parameters():
+        own = name.removeprefix(PREDICTOR)
+        if own == name or own.startswith("head."):
+            assert value.grad is None, name
+        else:
+            assert value.grad is not None, name
+            assert_rounding(value.grad, grads[own].grad)
 
 
 def test_labels_say_nothing() -> None:
@@ -120,8 +143,10 @@ def test_autocast(backend: str, device: str) -> None:
 def test_wrong_use() -> None:
     with pytest.raises(ValueError, match="class_task must be 0 in mode 'dense'"):
         MTViTLoss(class_task=1.0)
-    with pytest.raises(ValueError, match="class_task must be 0 for a model without a classifier behind its predictor"):
+    with pytest.raises(ValueError, match="class_task must be 0 for a model whose predictor has no classifier"):
         loss(adaptive(), make_images(BATCH), TARGET, MTViTLoss("regret", class_task=1.0))
+    with pytest.raises(ValueError, match="class_task must be 0 for a model whose predictor has no classifier"):
+        loss(adaptive(), make_images(BATCH), TARGET, MTViTLoss("classes"))
     with pytest.raises(ValueError, match="flops must be 0 in mode 'regret'"):
         MTViTLoss("regret", flops=1.0)
     with pytest.raises(ValueError, match="estimator must be 'gumbel' in mode 'regret'"):
@@ -134,13 +159,14 @@ def test_wrong_use() -> None:
         loss(model, images, TARGET, REGRET)
 
 
-def test_the_plan_lets_the_predictor_alone_learn() -> None:
+@pytest.mark.parametrize("mode", ["classes", "regret"])
+def test_the_plan_lets_the_predictor_alone_learn(mode: str) -> None:
     model = adaptive(class_head=True).train()
     plan = make_plan(model, {"encoder_lr": 0.1})
     for progress in (0.0, 0.5, 1.0):
-        assert plan.at(model, {"mode": "regret"}, progress) == {"mode": "regret"}
+        assert plan.at(model, {"mode": mode}, progress) == {"mode": mode}
         learning = {name for name, value in model.named_parameters() if value.requires_grad}
-        assert learning == {name for name, _ in model.named_parameters() if name.startswith((PREDICTOR, CLASS_HEAD))}
+        assert learning == {name for name, _ in model.named_parameters() if name.startswith(PREDICTOR)}
         assert {plan.lr_scale(name) for name in learning} == {1.0}
 
 
@@ -150,7 +176,7 @@ def test_scores_come_to_rank_the_images() -> None:
     with torch.no_grad():
         predictor.head.weight.zero_()
         predictor.head.bias.zero_()
-    wanted = -lacking(model, images)
+    wanted = -distances(model, images)
     optimiser = torch.optim.AdamW(predictor.parameters(), lr=1e-2)
     target, values = torch.zeros(32, dtype=torch.int64), []
     for _ in range(60):

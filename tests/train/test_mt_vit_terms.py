@@ -144,14 +144,22 @@ def test_schedules() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"mode": "soft"}, ValueError, "mode must be one of 'dense', 'sparse', 'tails', 'regret', got 'soft'"),
+        ({"mode": "soft"}, ValueError, "mode must be one of 'dense', 'sparse', 'tails', 'classes', 'regret', got"),
         ({"tails": -1.0}, ValueError, "tails must be in"),
         ({"flops": "2"}, TypeError, "flops must be a number, got str"),
         ({"entropy": float("nan")}, ValueError, "entropy must be in"),
-        ({"mode": "sparse", "tails": 1.0}, ValueError, "tails must be 0 in mode 'sparse', which has no such term"),
+        ({"mode": "sparse", "tails": 1.0}, ValueError, "tails must be 0 in mode 'sparse', which has no such weight"),
         ({"mode": "sparse", "distillation": 0.5}, ValueError, "distillation must be 0 in mode 'sparse'"),
         ({"mode": "tails", "tails": 1.0}, ValueError, "tails must be 0 in mode 'tails'"),
         ({"mode": "tails", "flops": 1.0}, ValueError, "flops must be 0 in mode 'tails'"),
+        ({"mode": "classes", "class_task": 1.0}, ValueError, "class_task must be 0 in mode 'classes'"),
+        (
+            {"mode": "tails", "cost_target": 0.6},
+            ValueError,
+            r"cost_target must be 0\.5 in mode 'tails', which chooses no",
+        ),
+        ({"mode": "regret", "one_sided": True}, ValueError, "one_sided must be False in mode 'regret'"),
+        ({"mode": "classes", "temperature": 2.0}, ValueError, r"temperature must be 1\.0 in mode 'classes'"),
         ({"cost_target": 0.0}, ValueError, "cost_target"),
         ({"cost_target": 1.5}, ValueError, "cost_target"),
         ({"one_sided": None}, ValueError, "one_sided must be one of True, False, got None"),
@@ -168,4 +176,5 @@ def test_bad_weights(options: dict[str, Any], error: type[Exception], match: str
 
 
 def test_a_weight_of_0_for_a_term_that_is_not_there() -> None:
+    assert MTViTLoss("classes", class_task=0.0, tails=0.0).of_terms() == {"class_task": 1.0}
     assert MTViTLoss("sparse", tails=0.0).of_terms() == {"task": 1.0, "flops": 2.0, "entropy": 0.01}

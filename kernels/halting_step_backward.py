@@ -45,7 +45,8 @@ def halting_step_backward_kernel(
     grad_ponder_ptr,  # (R,)
     grad_output_ptr,  # (P, D)
     grad_score_ptr,  # (R,)
-    x_ptr,  # (R, D)
+    channel_ptr,  # (R,)
+    x_ptr,  # (P, D): the readout tokens
     rows_ptr,  # (T,)
     cu_seqlens_ptr,  # (B + 1,)
     readout_ptr,  # (P,)
@@ -57,7 +58,7 @@ def halting_step_backward_kernel(
     new_grad_remainder_ptr,  # (R,)
     stride_gp,
     stride_gd,
-    stride_xr,
+    stride_xp,
     stride_xd,
     num_rows,
     num_images,
@@ -76,11 +77,11 @@ def halting_step_backward_kernel(
     live = tl.load(cu_seqlens_ptr + num_images)
     alive = is_alive(rows, inside, rows_ptr, place_ptr, live, HAS_ROWS)
     is_read, place = is_listed(rows, inside, readout_ptr, readout_place_ptr, num_readout)
-    x_at = x_ptr + rows.to(tl.int64) * stride_xr
+    x_at = x_ptr + place.to(tl.int64) * stride_xp
     grad_at = grad_output_ptr + place.to(tl.int64) * stride_gp
     cumulative = tl.load(cumulative_ptr + rows, mask=alive, other=0.0)
     remainder = tl.load(remainder_ptr + rows, mask=alive, other=0.0)
-    channel = tl.load(x_at, mask=alive, other=0.0).to(tl.float32)
+    channel = tl.load(channel_ptr + rows, mask=alive, other=0.0).to(tl.float32)
     score, step, reached, going = halt(channel, cumulative, scale, center, bar, LAST)
     share = tl.where(alive, remainder * reached + step * going, 0.0)
 
@@ -119,7 +120,8 @@ def halting_step_backward(
     grad_ponder: Tensor,
     grad_output: Tensor,
     grad_score: Tensor,
-    x: Tensor,
+    channel: Tensor,
+    readout: Tensor,
     rows: Tensor | None,
     cu_seqlens: Tensor,
     readout_rows: Tensor,
@@ -130,8 +132,8 @@ def halting_step_backward(
     eps: float,
     last: bool,
 ) -> tuple[Tensor, Tensor]:
-    (num_rows, columns), num_readout, batch = x.shape, readout_rows.shape[0], cu_seqlens.shape[0] - 1
-    grad_x = x.new_empty(num_rows, columns)
+    num_rows, (num_readout, columns), batch = channel.shape[0], readout.shape, cu_seqlens.shape[0] - 1
+    grad_x = readout.new_empty(num_rows, columns)
     if num_rows == 0:
         return grad_x, grad_remainder.clone(memory_format=torch.contiguous_format)
     grad_remainder, cumulative, remainder = (v.contiguous() for v in (grad_remainder, cumulative, remainder))
@@ -141,7 +143,7 @@ def halting_step_backward(
     place, readout_place = cu_seqlens.new_empty(0 if rows is None else num_rows), cu_seqlens.new_empty(num_rows)
     listed = max(0 if rows is None else rows.shape[0], num_readout)
     block_r, block_d = row_tile(columns)
-    with on_device_of(x):
+    with on_device_of(readout):
         if listed:
             halting_step_backward_index_kernel[(triton.cdiv(listed, LIST_TILE),)](
                 rows,
@@ -161,7 +163,8 @@ def halting_step_backward(
             grad_ponder.contiguous(),
             grad_output,
             grad_score.contiguous(),
-            x,
+            channel.contiguous(),
+            readout,
             rows,
             cu_seqlens,
             readout_rows,
@@ -173,8 +176,8 @@ def halting_step_backward(
             new_grad_remainder,
             grad_output.stride(0),
             grad_output.stride(1),
-            x.stride(0),
-            x.stride(1),
+            readout.stride(0),
+            readout.stride(1),
             num_rows,
             batch,
             num_readout,
@@ -187,6 +190,6 @@ def halting_step_backward(
             BLOCK_R=block_r,
             BLOCK_D=block_d,
             num_warps=4,
-            **roomy(x.device),
+            **roomy(readout.device),
         )
     return grad_x, new_grad_remainder

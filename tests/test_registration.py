@@ -104,8 +104,8 @@ def samples() -> dict[str, list[tuple]]:
              torch.ones(6, dtype=torch.int32), draw(2, 4), *gate, False),
         ],
         "halting_step_backward": [
-            (*(random_tensor(6) for _ in range(3)), random_tensor(2, 4), random_tensor(6), random_tensor(6, 4), rows,
-             cu_seqlens, readout, *sums[:2], *gate, True),
+            (*(random_tensor(6) for _ in range(3)), random_tensor(2, 4), random_tensor(6), random_tensor(6),
+             random_tensor(2, 4), rows, cu_seqlens, readout, *sums[:2], *gate, True),
         ],
         "ragged_linear": [
             (draw(5, 8), draw(6, 8), draw(6), cu_seqlens, True),

@@ -249,7 +249,8 @@ def halting_step() -> Iterator[Sample]:
             state = (sums, sums.clone(), sums.clone(), counters, output)
             yield "halting_step", f"{size}{text}", (*lists, *state, *gate, last)
             grads = (sums, sums.clone(), sums.clone(), output, sums.clone())
-            yield "halting_step_backward", f"{size}{text}", (*grads, *lists, sums, sums.clone(), *gate, last)
+            read = (size.values(size.packed), size.values(size.batch, size.dim))
+            yield "halting_step_backward", f"{size}{text}", (*grads, *read, *lists[1:], sums, sums.clone(), *gate, last)
 
 
 @launches

@@ -144,7 +144,8 @@ class VisionTransformer(nn.Module):
         ragged = method.counts_are_dynamic
         acts_within = type(method).after_attention is not Method.after_attention
         whole = not acts_within or method.reads_scores_only  # it does not matter when the method hears of the scores
-        packs = whole and not (inplace or ragged)
+        # the CPU reads every count without waiting
+        packs = whole and not inplace and (not ragged or self.cls_token.is_cpu)
         tokens, state = method.embed(self, images)
         first_rows = tokens.cu_seqlens[:-1].long()
         blocks = list(cast("list[Block]", self.blocks))
@@ -233,6 +234,7 @@ def _run_packed(
 ) -> tuple[RaggedTokens, Tensor | None]:
     """A block in training: on a copy of the live rows, so that nothing as long as the residual stream is kept for the
     gradient, and two passes over it are all that dropped tokens cost."""
+    tokens = tokens.trimmed()
     live = RaggedTokens(tokens.packed(), None, tokens.cu_seqlens, tokens.max_seqlen, tokens.num_prefix_tokens)
     attended = block.attend(live, scores=scores)
     live = block.feed_forward(attended.tokens, normed=attended.normed)

@@ -157,7 +157,9 @@ def _refuses(x: Tensor, *_: Any) -> str | None:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, rows, cu_seqlens, readout_rows, cumulative, remainder, _, _, _, scale, center, eps, last = inputs
-    ctx.save_for_backward(x, rows, cu_seqlens, readout_rows, cumulative, remainder)
+    # not x: the gate's channel and the rows that are read out are all that the gradient asks for
+    read = x[:, 0].clone(), x.index_select(0, readout_rows)
+    ctx.save_for_backward(*read, rows, cu_seqlens, readout_rows, cumulative, remainder)
     ctx.gate = scale, center, eps, last
 
 
@@ -174,11 +176,11 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 HALTING_STEP_BACKWARD = register_op(
     "halting_step_backward",
     "(Tensor grad_cumulative, Tensor grad_remainder, Tensor grad_ponder, Tensor grad_output, Tensor grad_score,"
-    " Tensor x, Tensor? rows, Tensor cu_seqlens, Tensor readout_rows, Tensor cumulative, Tensor remainder,"
-    " float gate_scale, float gate_center, float eps, bool last) -> (Tensor, Tensor)",
+    " Tensor channel, Tensor readout, Tensor? rows, Tensor cu_seqlens, Tensor readout_rows, Tensor cumulative,"
+    " Tensor remainder, float gate_scale, float gate_center, float eps, bool last) -> (Tensor, Tensor)",
     reference=reference.halting_step_backward,
-    fake=lambda grad_cumulative, grad_remainder, grad_ponder, grad_output, grad_score, x, *_: (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
+    fake=lambda grad_cumulative, grad_remainder, grad_ponder, grad_output, grad_score, channel, readout, *_: (
+        readout.new_empty(channel.shape[0], readout.shape[1]),
         torch.empty_like(grad_remainder),
     ),
     triton="halting_step_backward",

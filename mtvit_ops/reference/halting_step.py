@@ -23,7 +23,7 @@ def halting_step(
     eps: float,
     last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    alive, score, step = _gate(x, rows, cu_seqlens, gate_scale, gate_center, last)
+    alive, score, step = _gate(x[:, 0], rows, cu_seqlens, gate_scale, gate_center, last)
     grown = cumulative + step
     reached = alive & (grown > 1 - eps)
     going = alive & (grown < 1 - eps)
@@ -47,7 +47,8 @@ def halting_step_backward(
     grad_ponder: Tensor,
     grad_output: Tensor,
     grad_score: Tensor,
-    x: Tensor,
+    channel: Tensor,  # (R,): x[:, 0]
+    readout: Tensor,  # (P, D): x[readout_rows]
     rows: Tensor | None,
     cu_seqlens: Tensor,
     readout_rows: Tensor,
@@ -58,35 +59,37 @@ def halting_step_backward(
     eps: float,
     last: bool,
 ) -> tuple[Tensor, Tensor]:  # gradients of x and remainder; those of the other sums pass through
-    alive, score, step = _gate(x, rows, cu_seqlens, gate_scale, gate_center, last)
+    alive, score, step = _gate(channel, rows, cu_seqlens, gate_scale, gate_center, last)
     grown = cumulative + step
     reached, going = alive & (grown > 1 - eps), alive & (grown < 1 - eps)
     share = remainder * reached + step * going
     # the readout rows' gradients, spread over all rows; rows that are not read out get zero
-    spread = torch.zeros_like(x, dtype=share.dtype).index_copy(0, readout_rows.long(), grad_output.to(share.dtype))
+    places, grad_output = readout_rows.long(), grad_output.to(share.dtype)
+    spread = share.new_zeros(len(share), readout.shape[1]).index_copy(0, places, grad_output)
     # what stands in rows that are not alive, NaN too, has no part in it
-    grad_share = (spread * x.to(share.dtype)).sum(dim=1).where(alive, 0.0)
+    grad_share = share.new_zeros(len(share)).index_copy(0, places, (grad_output * readout.to(share.dtype)).sum(dim=1))
+    grad_share = grad_share.where(alive, 0.0)
     grad_step = alive * grad_cumulative + going * (grad_share - grad_remainder)
     if last:
         grad_step = torch.zeros_like(grad_step)
     grad_step = grad_step + grad_score
     grad_x = spread * share[:, None]
     grad_x[:, 0] += alive * grad_step * gate_scale * score * (1 - score)
-    return grad_x.to(x.dtype), grad_remainder + reached * (grad_ponder + grad_share)
+    return grad_x.to(channel.dtype), grad_remainder + reached * (grad_ponder + grad_share)
 
 
 def _gate(
-    x: Tensor, rows: Tensor | None, cu_seqlens: Tensor, gate_scale: float, gate_center: float, last: bool
+    channel: Tensor, rows: Tensor | None, cu_seqlens: Tensor, gate_scale: float, gate_center: float, last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Over all rows: which are alive, their scores (0 elsewhere), and what this layer adds (1 in the last)."""
-    num_rows = x.shape[0]
+    num_rows = channel.shape[0]
     if rows is None:
-        alive = torch.arange(num_rows, device=x.device) < cu_seqlens[-1]
+        alive = torch.arange(num_rows, device=channel.device) < cu_seqlens[-1]
     else:
-        live = (torch.arange(rows.shape[0], device=x.device) < cu_seqlens[-1]) & (rows >= 0)
+        live = (torch.arange(rows.shape[0], device=rows.device) < cu_seqlens[-1]) & (rows >= 0)
         place = rows.where(live, num_rows).long()
-        alive = torch.zeros(num_rows + 1, dtype=torch.bool, device=x.device).index_fill(0, place, True)[:num_rows]
-    score = torch.sigmoid(x[:, 0].to(wide_dtype(x.dtype)) * gate_scale - gate_center)
+        alive = torch.zeros(num_rows + 1, dtype=torch.bool, device=channel.device).index_fill(0, place, True)[:num_rows]
+    score = torch.sigmoid(channel.to(wide_dtype(channel.dtype)) * gate_scale - gate_center)
     score = score.where(alive, 0.0)
     return alive, score, alive.to(score.dtype) if last else score
 

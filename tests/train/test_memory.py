@@ -50,6 +50,7 @@ def timm_bytes(depth: int, images: Tensor, target: Tensor) -> int:
         ("evovit", {"keep_ratios": 0.5}, {"task": 1.0, "class_task": 0.0}),
         ("lifevit", {"base_block": 2, "keep_ratio": 0.6}, {"stage": 2}),
         ("mtvit", {"force_tail": 0, "grids": (4, 7)}, {"mode": "tails"}),
+        ("mtvit", {"grids": (4, 7)}, {"mode": "sparse"}),
     ],
 )
 def test_a_block_keeps_no_more_for_a_live_token_than_timm(
@@ -62,9 +63,10 @@ def test_a_block_keeps_no_more_for_a_live_token_than_timm(
         model = create_model(f"{method}_tiny_patch16_224", depth=depth, **SIZES, **options).train()
         with torch.no_grad():
             _, trace = model.eval()(images, return_trace=True)
-        model.train()
         live = int(trace.tokens_per_block[-1].sum())
-        if method == "mtvit":  # training takes both tails
+        if loss.get("mode") != "sparse":  # there a choice would be drawn, another for each depth
+            model.train()
+        if loss.get("mode") == "tails":
             live = BATCH * (1 + 16 + 1 + 49)
         return kept_bytes(model, lambda: compute_loss(model, images, target, **loss)[0]), live
 
@@ -75,8 +77,31 @@ def test_a_block_keeps_no_more_for_a_live_token_than_timm(
     if autocast:  # copies of a block's weights in bfloat16 are kept once, whatever lives
         weights = 2 * 12 * 64 * 64
         deep, dense = deep - weights, dense - weights
-    if method in ("evovit", "lifevit"):
+    if loss.get("mode") != "tails" and method != "vit":
         assert live < 0.7 * BATCH * TOKENS
     # ours keeps the row list of each block, as int32 and int64, and its offsets
     lists = 12 * live + 8 * (BATCH + 1)
     assert (deep - shallow - lists) / live <= dense / (BATCH * TOKENS)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_halted_tokens_keep_their_gate_alone(autocast: bool) -> None:
+    """A-ViT without its prior: beside the live tokens, a few numbers of each token and layer, and what is read out."""
+    torch.manual_seed(0)
+    images, target = torch.rand(BATCH, 3, 56, 56), torch.randint(0, 10, (BATCH,))
+    model = create_model("avit_tiny_patch16_224", depth=7, **SIZES, gate_scale=1.0, gate_center=0.7)
+    torch.nn.init.normal_(model.pos_embed, std=2.0)  # tokens that halt in different layers
+    with torch.no_grad():
+        _, trace = model.eval()(images, return_trace=True)
+    model.train()
+    live = trace.tokens_per_block.sum(dim=1).tolist()
+    assert live[0] == BATCH * TOKENS > live[2] > live[-1] > 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kept = kept_bytes(model, lambda: compute_loss(model, images, target, distribution=0.0)[0])
+        whole = timm_bytes(7, images, target)
+        dense = whole - timm_bytes(6, images, target)
+    weights = 2 * 12 * 64 * 64 if autocast else 0
+    # the gate's channel, two sums, and the readout; lists as above
+    state = 7 * (12 * BATCH * TOKENS + 8 * BATCH * 64)
+    blocks = sum((dense - weights) / (BATCH * TOKENS) * n + 12 * n for n in live)
+    assert kept <= whole - 7 * dense + 7 * weights + state + blocks

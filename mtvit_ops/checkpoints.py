@@ -1,4 +1,4 @@
-"""Weights from files: timm's and DeiT's, and the authors' of A-ViT, Evo-ViT and Life Regression."""
+"""Weights from files: timm's and DeiT's, and the authors' of A-ViT, Evo-ViT (flat and LeViT) and Life Regression."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ import torch
 from torch import Tensor
 
 from .methods import AViT, MTViT
+from .methods._evo_levit_layout import from_evo_levit
 from .methods._tail_init import resize_pos_embed
-from .nn import VisionTransformer
+from .nn import LeViT, VisionTransformer
 
 _EVO_NAMES = (("qks.{}.qk", "qk"), ("vs.{}.v", "v"), ("norms.{}", "norm1"), ("projs.{}", "attn.proj"))
 _PREDICTOR = "method.predictor."
 _TAIL = ("projections.{}.weight", "projections.{}.bias", "pos_embeds.{}")
-# Evo-ViT's second classifier, which a model for inference does not have
-_TRAINING_HEAD = tuple(f"{layer}_cls.{kind}" for layer in ("head", "norm") for kind in ("weight", "bias"))
+# Evo-ViT's classifiers on the class token, which a model for inference does not have
+_TRAINING_HEADS = ("method.head_cls.", "method.norm_cls.", "method.head_cls_dist.")
+_CLASSIFIERS = ("head.", "head_dist.", "method.head_cls.", "method.head_cls_dist.", "method.predictor.head_cls.")
 
 
 class LoadReport(NamedTuple):
     """What ``load_checkpoint`` did."""
 
-    layout: str  # "timm", "Evo-ViT" or "Life Regression"
+    layout: str  # "timm", "Evo-ViT", "Evo-LeViT" or "Life Regression"
     ignored: tuple[str, ...]  # keys of the file that inference has no use for
     untrained: tuple[str, ...]  # parameters of the method that the file does not have
     settings: dict[str, float]  # configuration read from the arguments or the file's name
 
 
 def load_checkpoint(
-    model: VisionTransformer,
+    model: VisionTransformer | LeViT,
     source: str | os.PathLike[str] | Mapping[str, Tensor],
     *,
     gate_scale: float | None = None,
@@ -44,19 +46,20 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load weights in place; the model is untouched unless everything fits.
 
-    Reads state dicts in timm's layout (DeiT, A-ViT, ours), the authors' Evo-ViT layout (``qks``, ``vs``, ``norms``,
-    ``projs``) and the authors' Life Regression layout, from ``.safetensors`` or PyTorch files (bare, or under a
-    ``"model"`` or ``"state_dict"`` entry; loaded with ``weights_only=True``). A method's own parameters may be missing
-    from a file of the plain backbone: MT-ViT's cheaper tails are then derived from it, the others keep their values. Of
-    an MT-ViT with other grids, the tails whose grids the model has too are taken, but not the predictor, which chose
-    among others; nor is a predictor of another width, or with a classifier where the model's has none.
+    Reads state dicts in timm's layout (DeiT, A-ViT, ours), the authors' Evo-ViT layouts (``qks``, ``vs``, ``norms``,
+    ``projs``; for LeViT ``blocks``, and the same as ``stage_blocks``) and the authors' Life Regression layout, from
+    ``.safetensors`` or PyTorch files (bare, or under a ``"model"`` or ``"state_dict"`` entry; loaded with
+    ``weights_only=True``). A method's own parameters may be missing from a file of the plain backbone: MT-ViT's cheaper
+    tails are then derived from it, the others keep their values. Of an MT-ViT with other grids, the tails whose grids
+    the model has too are taken, but not the predictor, which chose among others; nor is a predictor of another width,
+    or with a classifier where the model's has none.
 
     Args:
         model: from ``create_model``.
         source: a file, or a state dict.
         gate_scale, gate_center: A-ViT's gate; None: the last two ``-`` fields of the file's name, as the authors name
             their files (``tiny-10-30.pth``), else what the model has.
-        resize_positions: resize a position table of another grid instead of refusing it.
+        resize_positions: resize position tables of other grids instead of refusing them.
         reset_head: leave the file's classifier out: the model keeps its own, of any number of classes.
 
     Returns:
@@ -73,28 +76,27 @@ def load_checkpoint(
     state = _read(source)
     layout, state, ignored = _to_own_layout(state)
     own = model.state_dict()
-    for name in _TRAINING_HEAD:
-        if f"method.{name}" not in own and state.pop(f"method.{name}", None) is not None:
-            ignored += (name if layout == "Evo-ViT" else f"method.{name}",)
+    for name in [name for name in state if name.startswith(_TRAINING_HEADS) and name not in own]:
+        del state[name]
+        ignored += (name.removeprefix("method.") if layout.startswith("Evo") else name,)
     if isinstance(model.method, MTViT):
         state, others = _take_tails(state, own)
         ignored += others
     if reset_head:
-        heads = {
-            name: own[name]
-            for name in own
-            if name.startswith(("head.", "method.head_cls.", "method.predictor.head_cls."))
-        }
+        heads = {name: own[name] for name in own if name.startswith(_CLASSIFIERS)}
         ignored += tuple(name for name in heads if name in state)
         state.update(heads)
-    positions = state.get("pos_embed")
-    if resize_positions and positions is not None and positions.dim() == 3 and positions.shape[1] > 1:
-        patches = positions.shape[1] - 1
-        if positions.shape[0] != 1 or round(patches**0.5) ** 2 != patches:
-            raise ValueError(
-                f"pos_embed must have shape (1, 1 + grid * grid, D) to be resized, got {tuple(positions.shape)}"
-            )
-        state["pos_embed"] = resize_pos_embed(positions, model.config.grid_size)
+    for name in own:
+        positions = state.get(name)
+        if not (resize_positions and name.endswith("pos_embed") and positions is not None):
+            continue
+        if positions.dim() == 3 and positions.shape[1] > 1:
+            patches = positions.shape[1] - 1
+            if positions.shape[0] != 1 or round(patches**0.5) ** 2 != patches:
+                raise ValueError(
+                    f"{name} must have shape (1, 1 + grid * grid, D) to be resized, got {tuple(positions.shape)}"
+                )
+            state[name] = resize_pos_embed(positions, round((own[name].shape[1] - 1) ** 0.5))
     untrained = tuple(name for name in own if name.startswith("method.") and name not in state)
     _check_fit(own, state, untrained)
     settings = {} if not isinstance(model.method, AViT) else _gates(source, gate_scale, gate_center)
@@ -161,6 +163,8 @@ def _to_own_layout(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], tu
     """The layout's name, the state under our names, and what was left out."""
     if any(name.startswith("qks.") for name in state):
         return "Evo-ViT", _from_evo_vit(state), ()
+    if any(name.startswith("stage_blocks.") for name in state) or "poss" in state:
+        return "Evo-LeViT", from_evo_levit(state), ()
     if any("patch_life_predictor" in name for name in state):
         return "Life Regression", *_from_life(state)
     # data-parallel training leaves its prefix in every name
@@ -184,7 +188,8 @@ def _from_evo_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 out[f"blocks.{block}.{own}.{kind}"] = value
             break
         else:
-            out[f"method.{name}" if name in _TRAINING_HEAD else name] = value
+            own_name = f"method.{name}"
+            out[own_name if own_name.startswith(_TRAINING_HEADS) else name] = value
     for name, qk in parts.items():
         block, own, kind = name.split(".")
         v = parts.get(f"{block}.v.{kind}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from .nn import VisionTransformer
+from .nn import LeViT, VisionTransformer
 
 
 class MacCount(NamedTuple):
@@ -21,7 +21,7 @@ class MacCount(NamedTuple):
     per_image_list: tuple[float, ...]  # of each image
 
 
-def count_macs(model: VisionTransformer, images: Tensor) -> MacCount:
+def count_macs(model: VisionTransformer | LeViT, images: Tensor) -> MacCount:
     """Count the multiply-accumulates of a real forward pass, from the shapes that really occurred.
 
     Counted are convolutions, linear layers and attention; additions, norms and softmax are not, as in the papers.
@@ -47,12 +47,12 @@ def count_macs(model: VisionTransformer, images: Tensor) -> MacCount:
     return MacCount(sum(totals) / len(totals), tuple(per_block), tuple(totals))
 
 
-def count_batch_macs(model: VisionTransformer, images: Tensor) -> float:
+def count_batch_macs(model: VisionTransformer | LeViT, images: Tensor) -> float:
     """Multiply-accumulates per image, mean over the batch, from one run of the whole batch."""
     return _count(model, images)[0] / len(images)
 
 
-def _count(model: VisionTransformer, images: Tensor) -> tuple[float, list[float]]:
+def _count(model: VisionTransformer | LeViT, images: Tensor) -> tuple[float, list[float]]:
     """Multiply-accumulates in all, and in each block."""
     register_flop_formulas()
     from torch.utils.flop_counter import FlopCounterMode

@@ -11,7 +11,7 @@ from torch import nn
 
 from .checkpoints import load_checkpoint
 from .methods import MTViT
-from .models import _METHODS, _default_grids, create_method, create_model
+from .models import _METHODS, _default_grids, create_method, create_vit
 from .nn import VisionTransformer, ViTConfig, pack_weights
 
 BASELINE = "vit"
@@ -65,7 +65,7 @@ def build_lineup(
     notes: list[str] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dense = create_model(f"vit_{size}_patch16_224", **backbone, **options[BASELINE])
+        dense = create_vit(f"vit_{size}_patch16_224", **backbone, **options[BASELINE])
         shared = checkpoints.get("all")
         if shared is not None:
             _load(dense, "all", shared, {})
@@ -77,7 +77,7 @@ def build_lineup(
             if name == "mtvit":
                 options[name].setdefault("grids", _default_grids(dense.config.grid_size))
             if file is not None:
-                model = create_model(f"{name}_{size}_patch16_224", **backbone, **options[name])
+                model = create_vit(f"{name}_{size}_patch16_224", **backbone, **options[name])
                 own_untrained = _load(model, name, file, options[name])
             else:
                 model = dense if name == BASELINE else dense.with_method(create_method(name, **options[name]))

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoints import load_checkpoint
-from .methods import AViT, Dense, EvoViT, Life, MTViT
-from .nn import Method, VisionTransformer, ViTConfig
+from .methods import AViT, Dense, EvoLeViT, EvoViT, Life, MTViT
+from .nn import LeViT, LeViTConfig, Method, VisionTransformer, ViTConfig
 
 _METHODS: dict[str, type[Method]] = {"vit": Dense, "avit": AViT, "evovit": EvoViT, "lifevit": Life, "mtvit": MTViT}
 _SIZES = {
@@ -24,11 +24,19 @@ _SIZES = {
 _NAMES: dict[str, tuple[str, str, int]] = {
     f"{method}_{size}_patch16_224": (method, size, 224) for method in _METHODS for size in ("tiny", "small", "base")
 } | {"vit_large_patch16_384": ("vit", "large", 384)}
+_LEVIT_SIZES: dict[str, dict[str, Any]] = {
+    "128s": {"embed_dim": (128, 256, 384), "key_dim": 16, "num_heads": (4, 6, 8), "depth": (2, 3, 4)},
+    "128": {"embed_dim": (128, 256, 384), "key_dim": 16, "num_heads": (4, 8, 12), "depth": (4, 4, 4)},
+    "192": {"embed_dim": (192, 288, 384), "key_dim": 32, "num_heads": (3, 5, 6), "depth": (4, 4, 4)},
+    "256": {"embed_dim": (256, 384, 512), "key_dim": 32, "num_heads": (4, 6, 8), "depth": (4, 4, 4)},
+    "384": {"embed_dim": (384, 512, 768), "key_dim": 32, "num_heads": (6, 9, 12), "depth": (4, 4, 4), "drop_path": 0.1},
+}
+_LEVIT_NAMES = {f"evolevit_{size}_{side}": (size, side) for size in _LEVIT_SIZES for side in (224, 384)}
 
 
 def list_models() -> list[str]:
     """Names that ``create_model`` knows, sorted."""
-    return sorted(_NAMES)
+    return sorted([*_NAMES, *_LEVIT_NAMES])
 
 
 def create_model(
@@ -36,13 +44,14 @@ def create_model(
     *,
     checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     **overrides: Any,
-) -> VisionTransformer:
+) -> VisionTransformer | LeViT:
     """Build a model, with random weights unless a checkpoint is given.
 
     Args:
         name: one of ``list_models()``.
         checkpoint: as ``load_checkpoint`` takes it.
-        overrides: any field of ``ViTConfig`` and of the method's configuration, by name: ``num_classes=10``,
+        overrides: any field of ``ViTConfig`` (``nn.LeViTConfig`` for the names that begin with ``evolevit``) and of the
+            method's configuration, by name: ``num_classes=10``,
             ``gate_center=75.0``, ``keep_ratios=0.7``, ``budgets=(140, 100, 72)``, ``force_tail=0`` ...
 
     Returns:
@@ -51,12 +60,26 @@ def create_model(
     Raises:
         ValueError, TypeError: an unknown name or override (the message lists what there is), or a bad value.
     """
+    if name in _LEVIT_NAMES:
+        return _create_levit(name, checkpoint, overrides)
+    return create_vit(name, checkpoint=checkpoint, **overrides)
+
+
+def create_vit(
+    name: str,
+    *,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+    **overrides: Any,
+) -> VisionTransformer:
+    """``create_model`` of a flat ViT alone: what runs other methods, is calibrated, compared and trained by recipes."""
+    if name in _LEVIT_NAMES:
+        raise ValueError(f"name must be one of a flat ViT here, got {name!r}: a LeViT comes from create_model alone")
     if name not in _NAMES:
-        close = difflib.get_close_matches(str(name), _NAMES, n=3, cutoff=0.5)
+        close = difflib.get_close_matches(str(name), list_models(), n=3, cutoff=0.5)
         hint = f"; close are {', '.join(close)}" if close else ""
         raise ValueError(f"name must be one of list_models(), got {name!r}{hint}")
     method, size, img_size = _NAMES[name]
-    sizes, options = _split(method, overrides)
+    sizes, options = _split(method, overrides, ViTConfig, _METHODS[method])
     config = ViTConfig(**({"img_size": img_size} | _SIZES[size] | sizes))
     if method == "mtvit" and "grids" not in options:
         options["grids"] = _default_grids(config.grid_size)
@@ -80,17 +103,31 @@ def create_method(name: str, **options: Any) -> Method:
     """
     if name not in _METHODS:
         raise ValueError(f"name must be one of {', '.join(_METHODS)}, got {name!r}")
-    sizes, options = _split(name, options)
+    sizes, options = _split(name, options, ViTConfig, _METHODS[name])
     if sizes:
         raise TypeError(f"{name} has no option {next(iter(sizes))!r}: it belongs to the backbone")
     method = _METHODS[name]
     return method(method.config_class(**options))
 
 
-def _split(method: str, overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _create_levit(
+    name: str, checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None, overrides: dict[str, Any]
+) -> LeViT:
+    size, img_size = _LEVIT_NAMES[name]
+    sizes, options = _split("evolevit", overrides, LeViTConfig, EvoLeViT)
+    config = LeViTConfig(**({"img_size": img_size} | _LEVIT_SIZES[size] | sizes))
+    model = LeViT(config, EvoLeViT(EvoLeViT.config_class(**options)))
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model
+
+
+def _split(
+    method: str, overrides: dict[str, Any], sizes: type, method_class: type[Method] | type[EvoLeViT]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Overrides of the backbone and of the method."""
-    backbone = {field.name for field in dataclasses.fields(ViTConfig)}
-    own = {field.name for field in dataclasses.fields(_METHODS[method].config_class)}
+    backbone = {field.name for field in dataclasses.fields(sizes)}
+    own = {field.name for field in dataclasses.fields(method_class.config_class)}
     for name in overrides:
         if name not in backbone | own:
             raise TypeError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ._checks import check_choice, check_real
 from .checkpoints import load_checkpoint
 from .files import write_atomically
-from .models import create_model
+from .models import create_vit
 from .nn import VisionTransformer
 
 _ENTRY = "mtvit_ops"  # of the file's metadata
@@ -100,7 +100,7 @@ def load_model(path: str | Path, **overrides: Any) -> LoadedModel:
     if info is None:
         raise ValueError(f"{path} does not say which model it is for: use create_model(name, checkpoint=...)")
     options = {**info.model, **overrides}
-    model = create_model(options.pop("name"), **options)
+    model = create_vit(options.pop("name"), **options)
     # not by the file: what its name seems to say of gates must not win over what the file says
     load_checkpoint(model, _safetensors().torch.load_file(path))
     return LoadedModel(model.eval(), info)

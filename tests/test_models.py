@@ -24,7 +24,8 @@ CONFIGS: dict[str, type] = {
 
 def test_names() -> None:
     names = [f"{method}_{size}_patch16_224" for method in CONFIGS for size in SIZES]
-    assert list_models() == sorted([*names, "vit_large_patch16_384"])
+    levits = [f"evolevit_{size}_{side}" for size in ("128s", "128", "192", "256", "384") for side in (224, 384)]
+    assert list_models() == sorted([*names, *levits, "vit_large_patch16_384"])
 
 
 BACKBONE = {

@@ -2,6 +2,7 @@
 
 from .a_vit import AViT, AViTConfig
 from .dense import Dense, DenseConfig
+from .evo_levit import EvoLeViT, EvoLeViTConfig
 from .evo_vit import EvoViT, EvoViTConfig
 from .life import Life, LifeConfig
 from .mt_vit import MTViT, MTViTConfig
@@ -11,6 +12,8 @@ __all__ = [
     "AViTConfig",
     "Dense",
     "DenseConfig",
+    "EvoLeViT",
+    "EvoLeViTConfig",
     "EvoViT",
     "EvoViTConfig",
     "Life",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoints import load_checkpoint
-from ..models import create_model
+from ..models import create_vit
 from ..nn import VisionTransformer
 from .recipe import Recipe, RecipeError
 
@@ -31,7 +31,7 @@ def build_model(
     if wanted != num_classes:
         raise RecipeError(f"num_classes must be the data's {num_classes}, or be left out, got {wanted}")
     try:
-        model = create_model(name, num_classes=num_classes, **options)
+        model = create_vit(name, num_classes=num_classes, **options)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"[model]: {error}") from error
     if start is not None:

@@ -10,16 +10,23 @@ from typing import Any
 
 from torch import Tensor
 
-from ..methods import AViT, Dense, EvoViT, Life, MTViT
-from ..nn import Method, VisionTransformer
+from ..methods import AViT, Dense, EvoLeViT, EvoViT, Life, MTViT
+from ..nn import LeViT, VisionTransformer
 from ._task import check_target
 
 # the file beside this one with the method's loss; only the one that is asked for is imported
-_FILES: dict[type[Method], str] = {Dense: "dense", AViT: "a_vit", EvoViT: "evo_vit", Life: "life", MTViT: "mt_vit"}
+_FILES: dict[type, str] = {
+    Dense: "dense",
+    AViT: "a_vit",
+    EvoViT: "evo_vit",
+    EvoLeViT: "evo_levit",
+    Life: "life",
+    MTViT: "mt_vit",
+}
 
 
 def compute_loss(
-    model: VisionTransformer, images: Tensor, target: Tensor, **weights: Any
+    model: VisionTransformer | LeViT, images: Tensor, target: Tensor, **weights: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run a model as its method trains, and weigh what the method minimises.
 
@@ -29,8 +36,8 @@ def compute_loss(
         images: (B, in_chans, img_size, img_size), dtype and device of the weights, B >= 1.
         target: class indices, (B,), int64, in [0, num_classes); or soft targets, (B, num_classes), any float dtype.
         weights: fields of the method's own dataclass, by name: ``DenseLoss``, ``AViTLoss``, ``EvoViTLoss``,
-            ``LifeLoss`` or ``MTViTLoss`` in ``mtvit_ops.train.<method>``, which say what they mean and where their
-            defaults come from.
+            ``EvoLeViTLoss``, ``LifeLoss`` or ``MTViTLoss`` in ``mtvit_ops.train.<method>``, which say what they mean
+            and where their defaults come from.
 
     Returns:
         The loss, a scalar, and its named terms before they are weighted, scalars too.
@@ -53,10 +60,10 @@ def compute_loss(
     return module.loss(model, images, target, chosen)
 
 
-def loss_of(model: VisionTransformer, weights: Mapping[str, Any]) -> tuple[ModuleType, Any]:
+def loss_of(model: VisionTransformer | LeViT, weights: Mapping[str, Any]) -> tuple[ModuleType, Any]:
     """The module with the loss of the model's method, and its weights, checked; errors as of ``compute_loss``."""
-    if not isinstance(model, VisionTransformer):
-        raise TypeError(f"model must be a VisionTransformer, got {type(model).__name__}")
+    if not isinstance(model, (VisionTransformer, LeViT)):
+        raise TypeError(f"model must be a VisionTransformer or LeViT, got {type(model).__name__}")
     method = type(model.method)
     if method not in _FILES:
         known = ", ".join(each.__name__ for each in _FILES)

@@ -13,6 +13,7 @@ from ._checks import check_real
 from .flops import count_batch_macs
 from .methods import Dense, Life, MTViT
 from .nn import VisionTransformer
+from .nn.vision_transformer import check_flat
 
 _STEPS = 30  # halvings of an interval
 _CLOSE = 5e-4  # no cost nearer to the target is worth another run
@@ -50,6 +51,7 @@ def calibrate(model: VisionTransformer, images: Tensor, mac_ratio: float = 0.65)
     Runs the model some twenty times; waits for the device.
     """
     check_real("mac_ratio", mac_ratio, 0.0, 1.0, open_low=True)
+    check_flat(model)
     field = model.method.cost_field
     if field is None:
         raise ValueError(f"model must have a cost to calibrate, got {type(model.method).__name__}")

@@ -18,6 +18,7 @@ from mtvit_ops.reference import (
     ragged_linear,
     ragged_patch_embed,
     scatter_residual,
+    slow_fast,
     token_select,
     varlen_attention,
 )
@@ -225,7 +226,28 @@ def case_evolve_scores(draw: Draw) -> tuple[Any, Any]:
     return got, lambda: score.index_copy(0, live[known], torch.lerp(score[live[known]], sums[known], 0.3))
 
 
+def case_slow_fast_merge(draw: Draw) -> tuple[Any, Any]:
+    num_rows = draw.size()
+    rows = draw.maybe(lambda: draw.rows(draw.size(), num_rows))
+    tokens = num_rows if rows is None else len(rows)
+    weights = draw.tensor(tokens, dtype=draw.random.choice((draw.dtype, torch.float32))).abs()
+    offsets = draw.offsets(draw.size(5), tokens)
+    args = draw.tensor(num_rows, draw.size(100)), weights, rows, offsets, draw.longest(offsets)
+    normalize = draw.random.random() < 0.5
+    return native.slow_fast_merge(*args, normalize), lambda: slow_fast.slow_fast_merge(*args, normalize)
+
+
+def case_slow_fast_update(draw: Draw) -> tuple[Any, Any]:
+    num_rows, d, batch = draw.size(), draw.size(100), draw.size(5)
+    rows = draw.maybe(lambda: draw.rows(draw.size(), num_rows))
+    offsets = draw.offsets(batch, num_rows if rows is None else len(rows))
+    args = draw.tensor(num_rows, d), rows, offsets, draw.longest(offsets), draw.tensor(batch, d)
+    return native.slow_fast_update(*args), lambda: slow_fast.slow_fast_update(*args)
+
+
 CASES = {
+    "slow_fast_merge": case_slow_fast_merge,
+    "slow_fast_update": case_slow_fast_update,
     "linear": case_linear,
     "ragged_linear": case_ragged_linear,
     "ragged_linear_residual_": case_ragged_linear_residual,

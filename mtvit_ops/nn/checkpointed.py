@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ragged import RaggedTokens
 from .block import Attended, Block
 from .drop_path import inside_drop_path
-from .vision_transformer import VisionTransformer
+from .vision_transformer import VisionTransformer, check_flat
 
 # nothing in here is random: what drop-path draws comes from outside
 CHECKPOINT_OPTIONS: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
@@ -72,7 +72,11 @@ def checkpointed_twin(model: VisionTransformer) -> VisionTransformer:
 
     Training then keeps two residual streams a block, and computes the rest a second time for the gradient. Logits,
     decisions and gradients are those of ``model``. Name, save and load parameters through ``model``.
+
+    Raises:
+        TypeError: no flat ViT of this package.
     """
+    check_flat(model)
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
     twin.blocks = nn.ModuleList(inside_drop_path(block, CheckpointedBlock) for block in model.blocks)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._checks import check_real
 from ..ragged import RaggedTokens
 from .block import Attended, Block
-from .vision_transformer import VisionTransformer
+from .vision_transformer import VisionTransformer, check_flat
 
 
 class DropPathBlock(nn.Module):
@@ -85,8 +85,7 @@ def drop_path_twin(model: VisionTransformer, rate: float) -> VisionTransformer:
     Source: Deep Networks with Stochastic Depth, arXiv 1603.09382; drawn per image and scaled up in training, as in
     timm.
     """
-    if not isinstance(model, VisionTransformer):
-        raise TypeError(f"model must be a VisionTransformer, got {type(model).__name__}")
+    check_flat(model)
     check_drop_path("rate", rate)
     if any(isinstance(module, DropPathBlock) for module in model.modules()):
         raise ValueError("model must be without drop-path, got a twin that has it")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ragged import RaggedTokens
 from .block import Attended, Block
 from .drop_path import inside_drop_path
-from .vision_transformer import VisionTransformer
+from .vision_transformer import VisionTransformer, check_flat
 
 
 class MaskedBlock(nn.Module):
@@ -71,7 +71,11 @@ def masked_twin(model: VisionTransformer) -> VisionTransformer:
         model: any model of this package. Where lists are never shortened (dense, MT-ViT) the twin is the model.
 
     Equal to ``model`` to float rounding, in logits and in every decision.
+
+    Raises:
+        TypeError: no flat ViT of this package.
     """
+    check_flat(model)
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
     twin.blocks = nn.ModuleList(inside_drop_path(block, MaskedBlock) for block in model.blocks)

@@ -241,6 +241,12 @@ def _run_packed(
     return tokens.with_packed(live.x), attended.scores
 
 
+def check_flat(model: Any) -> None:
+    """Refuse what is not one of the flat ViTs, in words."""
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(f"model must be a VisionTransformer, got {type(model).__name__}")
+
+
 def _check_unattached(method: Method, config: ViTConfig) -> None:
     """A method may serve several models, but only of one size: its parameters and counts depend on it."""
     if method.model_config not in (None, config):

@@ -100,6 +100,10 @@ def _check_values(x: Tensor, rows: Tensor | None, cu_seqlens: Tensor, max_seqlen
     check_offset_values("cu_seqlens", cu_seqlens, x.shape[0] if rows is None else rows.shape[0], max_seqlen)
 
 
+def _refuses(x: Tensor, *_: Any) -> str | None:
+    return "the native kernel takes no float64" if x.dtype == torch.float64 else None
+
+
 def _merge_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weights, rows, cu_seqlens, max_seqlen, normalize = inputs
     ctx.save_for_backward(x, weights, rows, cu_seqlens)
@@ -139,6 +143,8 @@ SLOW_FAST_MERGE = register_op(
     reference=reference.slow_fast_merge,
     fake=lambda x, weights, rows, cu_seqlens, *_: x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1]),
     value_checks=lambda x, weights, rows, cu_seqlens, max_seqlen, _: _check_values(x, rows, cu_seqlens, max_seqlen),
+    native=True,
+    refuses=_refuses,
     triton="slow_fast",
     setup_context=_merge_context,
     backward=_merge_backward,
@@ -156,6 +162,8 @@ SLOW_FAST_UPDATE = register_op(
     reference=reference.slow_fast_update,
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     value_checks=lambda x, rows, cu_seqlens, max_seqlen, _: _check_values(x, rows, cu_seqlens, max_seqlen),
+    native=True,
+    refuses=_refuses,
     triton="slow_fast",
     setup_context=_update_context,
     backward=_update_backward,

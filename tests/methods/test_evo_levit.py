@@ -12,9 +12,19 @@ from golden_cases import cases, load
 from levit_cases import SIZES, build_levit, by_sorting, from_case
 from torch import Tensor, nn
 
-from mtvit_ops import count_macs, create_model, list_models, load_checkpoint, pack_weights
+from mtvit_ops import calibrate, capture, count_macs, create_model, list_models, load_checkpoint, pack_weights
 from mtvit_ops.methods import EvoLeViT, EvoLeViTConfig
-from mtvit_ops.nn import LeViT, LeViTConfig, VisionTransformer, ViTConfig, fold_norms
+from mtvit_ops.models import create_vit
+from mtvit_ops.nn import (
+    LeViT,
+    LeViTConfig,
+    VisionTransformer,
+    ViTConfig,
+    checkpointed_twin,
+    drop_path_twin,
+    fold_norms,
+    masked_twin,
+)
 from mtvit_ops.testing import assert_close_to_float64, assert_equal
 
 RECORDED = 5e-4
@@ -285,6 +295,15 @@ def test_wrong_use(case: str) -> None:
 
 
 def test_backbones_are_not_mixed_up() -> None:
+    model = build_levit()
+    for door in (checkpointed_twin, masked_twin, lambda model: drop_path_twin(model, 0.1)):
+        with pytest.raises(TypeError, match="model must be a VisionTransformer, got LeViT"):
+            door(model)
+    for door in (calibrate, capture):
+        with pytest.raises(TypeError, match=r"model must be a VisionTransformer.*, got LeViT"):
+            door(model, images())
+    with pytest.raises(ValueError, match="name must be one of a flat ViT here, got 'evolevit_128_224'"):
+        create_vit("evolevit_128_224")
     with pytest.raises(AttributeError):
         VisionTransformer(ViTConfig(depth=1), EvoLeViT())
     with pytest.raises(TypeError, match="model must be a LeViT, got Linear"):

@@ -151,7 +151,7 @@ BAD_LIST = {
     "offsets-dtype": ({"cu_seqlens": torch.tensor([0, 1, 3])}, TypeError, "cu_seqlens must have dtype int32"),
     "offsets-start": ({"cu_seqlens": int32(1, 1, 3)}, ValueError, "cu_seqlens must start at 0"),
     "offsets-fall": ({"cu_seqlens": int32(0, 3, 2)}, ValueError, "cu_seqlens must not decrease"),
-    "offsets-beyond": ({"cu_seqlens": int32(0, 2, 4)}, ValueError, "cu_seqlens must end within the 3 tokens"),
+    "offsets-beyond": ({"cu_seqlens": int32(0, 2, 4)}, ValueError, "cu_seqlens must end"),
     "longest-too-small": ({"max_seqlen": 1}, ValueError, "max_seqlen"),
     "longest-no-int": ({"max_seqlen": 2.0}, TypeError, "max_seqlen must be an int"),
 }

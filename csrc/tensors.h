@@ -54,6 +54,11 @@ inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// A matrix whose rows are contiguous; another last stride costs a copy.
+inline Tensor dense_rows(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : as_contiguous(t);
+}
+
 // Whether it has strides and memory of its own: tensors in oneDNN's layout have neither.
 inline bool is_strided(const Tensor& t) {
   int32_t layout = 0;

@@ -79,7 +79,8 @@ def main() -> int:
 def export(weights: Path, data: Path, out: Path, mac_ratio: float | None, chain: str) -> None:
     model, info = load_model(weights)
     options = dict(info.model)
-    if options.pop("class_head", False):  # inference has no use for a second classifier
+    if hasattr(model.method, "head_cls"):  # inference has no use for Evo-ViT's second classifier
+        del options["class_head"]
         model, _ = load_model(weights, class_head=False)
     if mac_ratio is not None:
         done = calibrate(model, sample(data, "train", model.config.img_size, info), mac_ratio)

@@ -25,7 +25,7 @@ Tensor normalise(const Tensor& tokens, const std::optional<Tensor>& rows, const 
                  double eps, Tensor* mean, Tensor* rstd) {
   check_dim("x", tokens, 2, "(R, D)");
   // a last stride other than 1 costs a copy
-  const Tensor x = tokens.size(1) <= 1 || tokens.stride(1) == 1 ? tokens : as_contiguous(tokens);
+  const Tensor x = dense_rows(tokens);
   const Dtype dtype = check_dtype("x", x);
   const int64_t d = x.size(1);
   check_layer_norm(x, weight, bias);

@@ -102,7 +102,7 @@ Halted halting_step(const Tensor& tokens, std::optional<Tensor> rows, const Tens
                     bool last) {
   check_dim("x", tokens, 2, "(R, D)");
   // a last stride other than 1 costs a copy
-  const Tensor x = tokens.size(1) <= 1 || tokens.stride(1) == 1 ? tokens : as_contiguous(tokens);
+  const Tensor x = dense_rows(tokens);
   const Dtype dtype = check_dtype("x", x);
   const int64_t num_rows = x.size(0);
   const Tensor cu = cu_seqlens_vector("cu_seqlens", cu_seqlens);

@@ -22,11 +22,6 @@ int64_t num_panels(int64_t n) {
   return (n + kernels().panel_columns - 1) / kernels().panel_columns;
 }
 
-// A last stride other than 1 costs a copy.
-Tensor dense_rows(const Tensor& t) {
-  return t.size(1) <= 1 || t.stride(1) == 1 ? t : as_contiguous(t);
-}
-
 // The weight in panels: the tensor's own memory where it is packed, else a copy.
 class Panels {
  public:

@@ -31,8 +31,7 @@ void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, st
     (per_column ? t.column_scale : t.row_scale) = data<float>(factors);
   }
   if (rows) check_rows(data<int32_t>(list), count, x.size(0));
-  // a last stride other than 1 costs a copy
-  const Tensor step = apart_from(x, d <= 1 || y.stride(1) == 1 ? y : as_contiguous(y));
+  const Tensor step = apart_from(x, dense_rows(y));
   t.dtype = dtype;
   t.x = x.data_ptr();
   t.rows = rows ? data<int32_t>(list) : nullptr;

@@ -38,10 +38,6 @@ Lists check_lists(const Tensor& x, const std::optional<Tensor>& rows, const Tens
   return lists;
 }
 
-Tensor dense_rows(const Tensor& x) {
-  return x.size(1) <= 1 || x.stride(1) == 1 ? x : as_contiguous(x);
-}
-
 int64_t image_grain(int64_t longest, int64_t columns) {
   return row_grain(std::max<int64_t>(longest, 1) * std::max<int64_t>(columns, 1));
 }

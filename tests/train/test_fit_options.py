@@ -205,6 +205,28 @@ def test_fine_tuning(data: Path, tmp_path: Path) -> None:
     train(recipe, data, tmp_path / "two-False", device="cpu", start=two, resume=True)
 
 
+@pytest.mark.parametrize("method", ["vit", "avit", "evovit", "lifevit", "mtvit"])
+def test_from_a_file_like_deit_s(method: str, data: Path, tmp_path: Path) -> None:
+    """A pickled state dict under "model", of a thousand classes, for a run of two."""
+    torch.manual_seed(0)
+    plain = create_model("vit_tiny_patch16_224", **MICRO | {"img_size": 32, "depth": 6}).state_dict()
+    plain = {name: value for name, value in plain.items() if not name.startswith("method.")}
+    assert plain["head.weight"].shape[0] == 1000
+    start = tmp_path / "deit_tiny-0.pth"
+    torch.save({"model": plain}, start)
+    model = {"name": f"{method}_tiny_patch16_224", **MICRO, "img_size": 32, "depth": 6}
+    own = {"evovit": {"pool": "class"}, "lifevit": {"base_block": 2}, "mtvit": {"grids": [2, 4]}}
+    loss = {"evovit": {"class_task": 0.0}, "mtvit": {"mode": "tails"}}
+    frozen = {"optimiser.lr": 1e-30, "optimiser.schedule": "constant", "loss": loss.get(method, {})}
+    recipe = make_recipe({**ONE_EPOCH, **frozen, "model": model | own.get(method, {})})
+    train(recipe, data, tmp_path / "run", device="cpu", start=start, reset_head=True)
+    found = load_model(tmp_path / "run" / "last.safetensors").model.state_dict()
+    for name, value in plain.items():
+        if not name.startswith("head."):
+            assert torch.allclose(found[name], value, rtol=0, atol=1e-25), name
+    assert found["head.weight"].shape[0] == len(CLASSES)
+
+
 def test_gates_of_a_file_s_name_outlive_an_interruption(data: Path, tmp_path: Path) -> None:
     start = start_file(tmp_path / "tiny-3-1.safetensors", 2, "avit", depth=A_VIT["depth"])
     recipe = make_recipe({"model": A_VIT, "run.save_steps": 0})

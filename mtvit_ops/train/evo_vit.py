@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
 from .._checks import check_choice, check_count, check_real
-from ..methods import EvoViT
-from ..nn import VisionTransformer
+from ..methods import EvoLeViT, EvoViT
+from ..nn import LeViT, VisionTransformer
 from ._task import task_loss
 
 
@@ -75,11 +75,11 @@ def mode_at(epoch: int, stage_epoch: int = 200) -> str:
     return "layer" if epoch < stage_epoch else "stage"
 
 
-def set_mode(model: VisionTransformer, mode: str) -> None:
+def set_mode(model: VisionTransformer | LeViT, mode: str) -> None:
     """Run a model in another mode from now on; its parameters stay as they are.
 
     Args:
-        model: runs Evo-ViT.
+        model: runs Evo-ViT, flat or on LeViT.
         mode: ``"layer"`` or ``"stage"``.
 
     Raises:
@@ -87,8 +87,8 @@ def set_mode(model: VisionTransformer, mode: str) -> None:
         ValueError: no mode.
     """
     method = model.method
-    if not isinstance(method, EvoViT):
-        raise TypeError(f"model must run EvoViT, got {type(method).__name__}")
+    if not isinstance(method, (EvoViT, EvoLeViT)):
+        raise TypeError(f"model must run EvoViT or EvoLeViT, got {type(method).__name__}")
     check_choice("mode", mode, ("stage", "layer"))
     method.config = dataclasses.replace(method.config, mode=mode)
-    method.attach(model)
+    method.attach(cast(Any, model))

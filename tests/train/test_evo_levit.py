@@ -18,6 +18,7 @@ from mtvit_ops.methods._evo_levit_layout import from_evo_levit
 from mtvit_ops.nn import LeViT
 from mtvit_ops.testing import assert_equal
 from mtvit_ops.train import compute_loss
+from mtvit_ops.train.evo_vit import set_mode
 
 LOGITS, GRADIENTS = 5e-4, 1e-3
 BATCH = 4
@@ -105,6 +106,17 @@ def test_gradients_as_the_paper_tells_it(variant: str, backend: str) -> None:
     assert (
         bool((model.method.tradeoffs.grad != 0).any() if model.method.tradeoffs.grad is not None else False) == learned
     )
+
+
+def test_the_mode_changes_in_between() -> None:
+    stage, layer, x = build_levit(), build_levit(mode="layer"), images()
+    with torch.no_grad():
+        before = stage(x)
+        set_mode(stage, "layer")
+        assert_equal("layer", stage(x), layer(x))
+        set_mode(stage, "stage")
+        assert_equal("stage", stage(x), before)
+        assert (before != layer(x)).any()
 
 
 def test_one_classifier() -> None:

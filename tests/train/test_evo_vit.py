@@ -280,7 +280,7 @@ def test_bad_weights(weights: dict[str, Any], error: type[Exception], match: str
 def test_what_cannot_be_trained() -> None:
     with pytest.raises(ValueError, match=r"class_task must be 0 for a model without a second classifier .* got 0\.5"):
         compute_loss(build("evovit"), make_images(BATCH), make_target(BATCH))
-    with pytest.raises(TypeError, match="model must run EvoViT, got Dense"):
+    with pytest.raises(TypeError, match="model must run EvoViT or EvoLeViT, got Dense"):
         set_mode(build("vit"), "layer")
     with pytest.raises(ValueError, match="mode must be one of 'stage', 'layer', got 'stages'"):
         set_mode(evo(), "stages")

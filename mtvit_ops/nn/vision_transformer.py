@@ -144,8 +144,9 @@ class VisionTransformer(nn.Module):
         ragged = method.counts_are_dynamic
         acts_within = type(method).after_attention is not Method.after_attention
         whole = not acts_within or method.reads_scores_only  # it does not matter when the method hears of the scores
-        # the CPU reads every count without waiting
-        packs = whole and not inplace and (not ragged or self.cls_token.is_cpu)
+        # the CPU reads every count without waiting, a graph does not
+        readable = self.cls_token.is_cpu and not torch.compiler.is_compiling()
+        packs = whole and not inplace and (not ragged or readable)
         tokens, state = method.embed(self, images)
         first_rows = tokens.cu_seqlens[:-1].long()
         blocks = list(cast("list[Block]", self.blocks))
@@ -170,7 +171,7 @@ class VisionTransformer(nn.Module):
             if ran is not None:
                 tokens, state = method.after_attention(index, tokens, state, ran.scores)
             elif packs and tokens.rows is not None and block.takes_packed:
-                tokens, received = _run_packed(block, tokens, scores)
+                tokens, received = _run_packed(block, tokens.trimmed() if ragged else tokens, scores)
                 tokens, state = method.after_attention(index, tokens, state, received)
             else:
                 attended = block.attend(tokens, scores=scores, inplace=inplace, ragged=ragged)
@@ -234,7 +235,6 @@ def _run_packed(
 ) -> tuple[RaggedTokens, Tensor | None]:
     """A block in training: on a copy of the live rows, so that nothing as long as the residual stream is kept for the
     gradient, and two passes over it are all that dropped tokens cost."""
-    tokens = tokens.trimmed()
     live = RaggedTokens(tokens.packed(), None, tokens.cu_seqlens, tokens.max_seqlen, tokens.num_prefix_tokens)
     attended = block.attend(live, scores=scores)
     live = block.feed_forward(attended.tokens, normed=attended.normed)

@@ -91,7 +91,7 @@ class Halting(AViT):
 
 TARGET = torch.zeros(BATCH, dtype=torch.int64)
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no-model": ({"model": torch.nn.Linear(2, 2)}, TypeError, "model must be a VisionTransformer, got Linear"),
+    "no-model": ({"model": torch.nn.Linear(2, 2)}, TypeError, "model must be a VisionTransformer or LeViT, got Linear"),
     "unknown-weight": ({"ponder": 1.0}, TypeError, "DenseLoss has no weight 'ponder'; there are label_smoothing"),
     "bad-weight": ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be in"),
     "weight-of-another-kind": ({"label_smoothing": "0.1"}, TypeError, "label_smoothing must be a number, got str"),
@@ -117,7 +117,7 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], match: s
 def test_a_method_without_a_loss() -> None:
     model = build("avit")
     stranger = model.with_method(Halting(model.method.config))
-    with pytest.raises(TypeError, match="one of the methods Dense, AViT, EvoViT, Life, MTViT, got Halting"):
+    with pytest.raises(TypeError, match="one of the methods Dense, AViT, EvoViT, EvoLeViT, Life, MTViT, got Halting"):
         compute_loss(stranger, make_images(BATCH), TARGET)
 
 

@@ -31,9 +31,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vit": ({}, {}),
     "evovit": ({"keep_ratios": 0.55, "class_head": True}, {}),
     "lifevit": ({"base_block": 2, "keep_ratio": 0.69}, {"stage": 2}),
-    "mtvit": ({"grids": (10, 14)}, {"mode": "sparse"}),
-    # a gate and positions with which random weights halt some tokens in every layer
-    "avit": ({"gate_scale": 1.0, "gate_center": 0.7}, {"distribution": 0.0}),
 }
 
 

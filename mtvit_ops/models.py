@@ -73,7 +73,7 @@ def create_vit(
 ) -> VisionTransformer:
     """``create_model`` of a flat ViT alone: what runs other methods, is calibrated, compared and trained by recipes."""
     if name in _LEVIT_NAMES:
-        raise ValueError(f"name must be one of a flat ViT here, got {name!r}: a LeViT comes from create_model alone")
+        raise ValueError(f"name must be a flat ViT's here, got {name!r}: a LeViT comes from create_model alone")
     if name not in _NAMES:
         close = difflib.get_close_matches(str(name), list_models(), n=3, cutoff=0.5)
         hint = f"; close are {', '.join(close)}" if close else ""

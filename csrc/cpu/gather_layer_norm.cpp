@@ -24,7 +24,6 @@ void check_parameter(const char* name, const Tensor& given, const Tensor& x) {
 Tensor normalise(const Tensor& tokens, const std::optional<Tensor>& rows, const Tensor& weight, const Tensor& bias,
                  double eps, Tensor* mean, Tensor* rstd) {
   check_dim("x", tokens, 2, "(R, D)");
-  // a last stride other than 1 costs a copy
   const Tensor x = dense_rows(tokens);
   const Dtype dtype = check_dtype("x", x);
   const int64_t d = x.size(1);

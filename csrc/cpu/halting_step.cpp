@@ -101,7 +101,6 @@ Halted halting_step(const Tensor& tokens, std::optional<Tensor> rows, const Tens
                     const Tensor& counters, const Tensor& output, double gate_scale, double gate_center, double eps,
                     bool last) {
   check_dim("x", tokens, 2, "(R, D)");
-  // a last stride other than 1 costs a copy
   const Tensor x = dense_rows(tokens);
   const Dtype dtype = check_dtype("x", x);
   const int64_t num_rows = x.size(0);

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "../checks.h"
-#include "memory.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -116,9 +115,8 @@ Tensor slow_fast_update(const Tensor& x, std::optional<Tensor> rows, const Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
   m.def(
-      "slow_fast_merge(Tensor x, Tensor weights, Tensor? rows, Tensor cu_seqlens, int max_seqlen, bool normalize) "
-      "-> "
-      "Tensor");
+      "slow_fast_merge(Tensor x, Tensor weights, Tensor? rows, Tensor cu_seqlens, int max_seqlen, bool normalize)"
+      " -> Tensor");
   m.def("slow_fast_update(Tensor x, Tensor? rows, Tensor cu_seqlens, int max_seqlen, Tensor increment) -> Tensor");
 }
 

@@ -88,7 +88,7 @@ def test_as_the_paper_tells_it(variant: str, backend: str) -> None:
 @EVERY_VARIANT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_against_float64(variant: str, dtype: torch.dtype) -> None:
-    # a choice that rounding turns would be another model: so the selection is that of float64, by scores far apart
+    # rounding to half dtypes turns choices, and then it is another model: there nothing is selected
     model = build_levit(
         **VARIANTS[variant] | ({} if dtype == torch.float32 else {"keep_ratios": 1.0, "stage_keep_ratios": None})
     )
@@ -225,6 +225,17 @@ def test_images_do_not_meet(variant: str) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["stage", "layer"])
+def test_nothing_waits_for_the_device(mode: str) -> None:
+    """Where tensors hold no values, none can be read."""
+    model = build_levit(mode=mode).to("meta")
+    x = images().to("meta")
+    with torch.no_grad():
+        assert model(x).shape == (3, 10)
+    model.train()(x).sum().backward()
+    assert all(value.grad is not None for name, value in model.named_parameters() if name != "method.tradeoffs")
+
+
 def test_no_images() -> None:
     with torch.inference_mode():
         logits, trace = build_levit()(images(0), return_trace=True)
@@ -302,7 +313,7 @@ def test_backbones_are_not_mixed_up() -> None:
     for door in (calibrate, capture):
         with pytest.raises(TypeError, match=r"model must be a VisionTransformer.*, got LeViT"):
             door(model, images())
-    with pytest.raises(ValueError, match="name must be one of a flat ViT here, got 'evolevit_128_224'"):
+    with pytest.raises(ValueError, match="name must be a flat ViT's here, got 'evolevit_128_224'"):
         create_vit("evolevit_128_224")
     with pytest.raises(AttributeError):
         VisionTransformer(ViTConfig(depth=1), EvoLeViT())

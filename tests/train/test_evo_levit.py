@@ -30,15 +30,16 @@ def images(seed: int = 1) -> Tensor:
     return torch.randn(BATCH, 3, 112, 112, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", cases("evo_levit_train"))
-def test_recorded_training(name: str, golden: Path, backend: str, device: str) -> None:
+def test_recorded_training(name: str, golden: Path, backend: str, device: str, dtype: torch.dtype) -> None:
     # E12, E16
     case = load(golden, name)
-    want = case.tensors
+    want = {key: value.to(dtype) for key, value in case.tensors.items()}
     model = from_case(case, class_head=True)
     report = load_checkpoint(model, case.weights)
     assert report.ignored == report.untrained == ()
-    model = model.to(device).train()
+    model = model.to(device, dtype).train()
     x, target = want["image"].to(device), want["soft_target"].to(device)
     total, parts = compute_loss(model, x, target, answers=want["teacher_logits"].argmax(dim=1).to(device))
     for term, logits in (("task", "head"), ("class_task", "head_cls")):
@@ -53,7 +54,9 @@ def test_recorded_training(name: str, golden: Path, backend: str, device: str) -
     assert gradients.keys() == dict(model.named_parameters()).keys()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
-        torch.testing.assert_close(parameter.grad.cpu(), gradients[key], rtol=0, atol=GRADIENTS)
+        # batch norms of few images: by instruction set float32 runs differ by 7e-4 of a tensor's largest gradient
+        scale = 1.0 if dtype == torch.float64 else 4 * gradients[key].abs().max().clamp(min=1.0).item()
+        torch.testing.assert_close(parameter.grad.cpu(), gradients[key], rtol=0, atol=GRADIENTS * scale)
     assert model.method.tradeoffs.grad[0] == 0
     moved = from_evo_levit({key[9:]: value for key, value in want.items() if key.startswith("bn_after/")})
     state = model.state_dict()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..methods import MTViT
 from ..weights import load_model
 from .recipe import TeacherOptions
 
@@ -19,6 +20,9 @@ class Teacher:
     Every method takes soft targets, so this is distillation for all of them: with teacher t, share s and label y the
     cross-entropy against ``(1 - s) y + s softmax(t / temperature)`` is, but for a constant, ``(1 - s)`` times the one
     against y plus ``s`` times the divergence of the model from the teacher.
+
+    An MT-ViT says all it knows: its dearest tail's softmax, whatever its predictor would choose, and with
+    ``class_head=True`` the mean of that and its predictor's, a small CNN's, whose mistakes are others.
 
     Args:
         path: a file of ``train`` or ``save_model``.
@@ -43,6 +47,8 @@ class Teacher:
             raise ValueError(f"teacher must know the data's classes {wanted}, got {got}")
         if model.config.img_size != img_size:
             raise ValueError(f"teacher must see {img_size} pixels, as the model does, got {model.config.img_size}")
+        if isinstance(model.method, MTViT):
+            model, _ = load_model(path, force_tail=len(model.method.config.grids) - 1)
         self._model = model.requires_grad_(False).to(device)
         self._options = options
         self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -53,9 +59,16 @@ class Teacher:
         Rows sum to 1 where those of ``targets`` do. No gradient, no draw, no device synchronisation.
         """
         with torch.no_grad():
-            said = (self._model(images).float() / self._options.temperature).softmax(dim=1)
+            said = self._softmax(self._model(images))
+            method = self._model.method
+            if isinstance(method, MTViT):
+                _, logits = method.predictor.judge(method.predictor.look(images))
+                said = said if logits is None else (said + self._softmax(logits)) / 2
             labels = targets if targets.is_floating_point() else F.one_hot(targets, said.shape[1])
             return torch.lerp(labels.float(), said, self._options.share)
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        return (logits.float() / self._options.temperature).softmax(dim=1)
 
 
 def check_teacher(teacher: str | Path | None, options: TeacherOptions) -> None:

@@ -82,6 +82,27 @@ def test_the_ends_of_the_share(weights: Path) -> None:
     assert torch.equal(make_teacher(weights, 1.0).soften(images, targets), said)
 
 
+@pytest.mark.parametrize("class_head", [False, True])
+def test_an_mt_vit_teaches_what_its_dearest_tail_and_its_classifier_say(
+    class_head: bool, data: Path, tmp_path: Path
+) -> None:
+    model = {"name": "mtvit_tiny_patch16_224", **MICRO, "grids": [1, 2], "predictor_size": 16, "class_head": class_head}
+    train(
+        make_recipe({"model": model, "loss.mode": "tails", "optimiser.epochs": 1}), data, tmp_path / "run", device="cpu"
+    )
+    weights, temperature = tmp_path / "run" / "last.safetensors", 2.0
+    images, targets = torch.randn(5, 3, MICRO["img_size"], MICRO["img_size"]), torch.tensor([1, 0, 1, 1, 0])
+    model, _ = load_model(weights, force_tail=1)
+    with torch.no_grad():
+        want = (model(images) / temperature).softmax(dim=1)
+        if class_head:
+            predictor = model.method.predictor
+            pooled = predictor.features(F.interpolate(images, (16, 16))).mean(dim=(2, 3))
+            want = (want + (predictor.head_cls(pooled) / temperature).softmax(dim=1)) / 2
+    got = make_teacher(weights, 1.0, temperature).soften(images, targets)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "vit": {},
     "avit": {"model": A_VIT},

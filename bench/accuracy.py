@@ -34,7 +34,7 @@ from mtvit_ops.report import print_report, to_json
 from mtvit_ops.train.images import open_images
 from mtvit_ops.train.loading import eval_batches
 from mtvit_ops.train.views import options_of
-from mtvit_ops.weights import ModelInfo, load_model
+from mtvit_ops.weights import ModelInfo, load_vit
 
 
 def main() -> int:
@@ -79,7 +79,7 @@ def accuracies(options: argparse.Namespace, result: CompareResult) -> dict[str, 
     images = open_images(options.data, "val", cache=True)
     found: dict[str, Any] = {}
     for row in result.rows:
-        model, info = load_model(files[row.name])
+        model, info = load_vit(files[row.name])
         batches = Batches(images, model.config.img_size, info)
         facts = info.facts
         entry: dict[str, Any] = {
@@ -101,7 +101,7 @@ def accuracies(options: argparse.Namespace, result: CompareResult) -> dict[str, 
             print(f"{shown} ({time.monotonic() - begin:.0f} s)", flush=True)
         found[row.name] = entry
     if options.control is not None:
-        model, info = load_model(options.control)
+        model, info = load_vit(options.control)
         batches = Batches(images, model.config.img_size, info)
         with torch.inference_mode():
             right = sum(int((model(pixels).argmax(dim=1) == targets).sum()) for pixels, targets in batches)

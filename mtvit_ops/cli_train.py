@@ -87,7 +87,7 @@ def add_commands(commands: Any) -> None:
     )
     train.add_argument("--reset-head", action="store_true", help="with --from: take everything but the classifier")
     train.add_argument(
-        "--teacher", metavar="FILE", help="weights of the model that teaches, for recipes with a [teacher] share"
+        "--teacher", metavar="FILE", help="weights of the model that teaches, for recipes with a [teacher]"
     )
     train.add_argument("--resume", action="store_true", help="go on from the state in --out, if there is one")
     train.add_argument(

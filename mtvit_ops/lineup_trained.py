@@ -10,7 +10,7 @@ import torch
 
 from .lineup import BASELINE, METHODS, Lineup
 from .nn import VisionTransformer, pack_weights
-from .weights import LoadedModel, load_model, read_info
+from .weights import LoadedViT, load_vit, read_info
 
 _SUFFIX = ".safetensors"
 
@@ -64,7 +64,7 @@ def build_trained(
     files = find_trained(folder)
     chosen = [name for name in METHODS if name in files and (name in names or name == BASELINE)]
     options = _sort_overrides(chosen, overrides)
-    loaded = {name: load_model(files[name], **options[name]) for name in chosen}
+    loaded = {name: load_vit(files[name], **options[name]) for name in chosen}
     _check_alike(loaded, files)
     models: dict[str, VisionTransformer] = {}
     for name, (model, _) in loaded.items():
@@ -84,7 +84,7 @@ def build_trained(
     return Lineup(models, False, tuple(notes), setting + f"{sizes.grid_size**2} patches", info.classes, shown)
 
 
-def _check_alike(loaded: Mapping[str, LoadedModel], files: Mapping[str, Path]) -> None:
+def _check_alike(loaded: Mapping[str, LoadedViT], files: Mapping[str, Path]) -> None:
     dense = loaded[BASELINE]
     for name, (model, info) in loaded.items():
         same = (model.config.img_size, info.classes) == (dense.model.config.img_size, dense.info.classes)

@@ -6,13 +6,15 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from .checkpoints import load_checkpoint
 from .methods import AViT, Dense, EvoLeViT, EvoViT, Life, MTViT
 from .nn import LeViT, LeViTConfig, Method, VisionTransformer, ViTConfig
+
+Model: TypeAlias = VisionTransformer | LeViT
 
 _METHODS: dict[str, type[Method]] = {"vit": Dense, "avit": AViT, "evovit": EvoViT, "lifevit": Life, "mtvit": MTViT}
 _SIZES = {
@@ -44,7 +46,7 @@ def create_model(
     *,
     checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     **overrides: Any,
-) -> VisionTransformer | LeViT:
+) -> Model:
     """Build a model, with random weights unless a checkpoint is given.
 
     Args:
@@ -71,7 +73,7 @@ def create_vit(
     checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     **overrides: Any,
 ) -> VisionTransformer:
-    """``create_model`` of a flat ViT alone: what runs other methods, is calibrated, compared and trained by recipes."""
+    """``create_model`` of a flat ViT alone: what runs other methods, is calibrated and compared."""
     if name in _LEVIT_NAMES:
         raise ValueError(f"name must be a flat ViT's here, got {name!r}: a LeViT comes from create_model alone")
     if name not in _NAMES:

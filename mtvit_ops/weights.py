@@ -13,7 +13,7 @@ from torch import Tensor
 from ._checks import check_choice, check_real
 from .checkpoints import load_checkpoint
 from .files import write_atomically
-from .models import create_vit
+from .models import Model, create_model
 from .nn import VisionTransformer
 
 _ENTRY = "mtvit_ops"  # of the file's metadata
@@ -31,6 +31,13 @@ class ModelInfo(NamedTuple):
 
 class LoadedModel(NamedTuple):
     """A model and what its file says of it."""
+
+    model: Model
+    info: ModelInfo
+
+
+class LoadedViT(NamedTuple):
+    """A flat ViT and what its file says of it."""
 
     model: VisionTransformer
     info: ModelInfo
@@ -100,10 +107,18 @@ def load_model(path: str | Path, **overrides: Any) -> LoadedModel:
     if info is None:
         raise ValueError(f"{path} does not say which model it is for: use create_model(name, checkpoint=...)")
     options = {**info.model, **overrides}
-    model = create_vit(options.pop("name"), **options)
+    model = create_model(options.pop("name"), **options)
     # not by the file: what its name seems to say of gates must not win over what the file says
     load_checkpoint(model, _safetensors().torch.load_file(path))
     return LoadedModel(model.eval(), info)
+
+
+def load_vit(path: str | Path, **overrides: Any) -> LoadedViT:
+    """``load_model`` of a flat ViT alone; errors as of it, and a ValueError for a LeViT's file."""
+    model, info = load_model(path, **overrides)
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"{path} must be of a flat ViT here, got {info.model['name']}")
+    return LoadedViT(model, info)
 
 
 def _check_info(info: ModelInfo, classes: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from train_cases import A_VIT, CLASSES, MICRO, make_recipe
+from train_cases import A_VIT, CLASSES, LEVIT, MICRO, make_recipe
 
 from mtvit_ops.train import fit
 from mtvit_ops.train.build import build_model
@@ -64,6 +64,8 @@ OWN_DRAWS: dict[str, dict[str, Any]] = {
     "MT-ViT, predictor alone": {**MT_VIT, "plan.predictor_only": 1.0},
     "MT-ViT, predictor first": {**MT_VIT, "plan.predictor_only": 0.5},
 }
+# batch norms of a process's own images
+OWN_DRAWS["Evo-LeViT"] = {**NO_MIX, "model": {**LEVIT, "distillation": False}, "optimiser.clip_mode": "agc"}
 if find_spec("kornia") is not None:
     OWN_DRAWS["views on the device"] = {**NO_MIX, "data.augment_on": "device"}
 

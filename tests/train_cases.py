@@ -28,6 +28,17 @@ MICRO = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_head
 DENSE = {"name": "vit_tiny_patch16_224", **MICRO}
 # so steep a gate that some tokens halt in every block
 A_VIT = {"name": "avit_tiny_patch16_224", **MICRO, "depth": 3, "gate_scale": 40.0, "gate_center": 0.0}
+# grids of 4, 2 and 1
+LEVIT = {
+    "name": "evolevit_128s_224",
+    "img_size": 64,
+    "embed_dim": [16, 32, 48],
+    "key_dim": 8,
+    "num_heads": [2, 2, 2],
+    "depth": [1, 2, 1],
+    "keep_ratios": [1.0, 1.0, 0.5, 1.0],
+    "class_head": True,
+}
 
 RECIPE: dict[str, Any] = {
     "title": "a test",

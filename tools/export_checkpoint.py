@@ -23,7 +23,7 @@ from mtvit_ops.methods import Dense
 from mtvit_ops.train.evaluation import evaluate
 from mtvit_ops.train.images import open_images
 from mtvit_ops.train.views import EvalViews, eval_view, options_of
-from mtvit_ops.weights import ModelInfo, load_model, save_model
+from mtvit_ops.weights import ModelInfo, load_vit, save_model
 
 # WordNet's names of Imagenette's folders
 CLASS_NAMES = {
@@ -77,11 +77,11 @@ def main() -> int:
 
 
 def export(weights: Path, data: Path, out: Path, mac_ratio: float | None, chain: str) -> None:
-    model, info = load_model(weights)
+    model, info = load_vit(weights)
     options = dict(info.model)
     if hasattr(model.method, "head_cls"):  # inference has no use for Evo-ViT's second classifier
         del options["class_head"]
-        model, _ = load_model(weights, class_head=False)
+        model, _ = load_vit(weights, class_head=False)
     if mac_ratio is not None:
         done = calibrate(model, sample(data, "train", model.config.img_size, info), mac_ratio)
         options[done.field] = done.value
@@ -90,7 +90,7 @@ def export(weights: Path, data: Path, out: Path, mac_ratio: float | None, chain:
     facts = {**info.facts, "class_names": names, "chain": chain, "training_seconds": seconds_of(weights.parent)}
     save_model(out, model.state_dict(), info._replace(model=options, facts=facts), dtype=torch.float16)
     score = evaluate(out, data, device="cpu")
-    shipped, _ = load_model(out)
+    shipped, _ = load_vit(out)
     images = sample(data, "val", model.config.img_size, info)
     macs = mean_macs(shipped, images)
     ratio = macs / mean_macs(shipped.with_method(Dense(Dense.config_class())), images)

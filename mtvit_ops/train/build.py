@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoints import load_checkpoint
-from ..models import create_vit
-from ..nn import VisionTransformer
+from ..models import Model, create_model
 from .recipe import Recipe, RecipeError
 
 
-def build_model(
-    recipe: Recipe, num_classes: int, start: str | Path | None = None, reset_head: bool = False
-) -> VisionTransformer:
+def build_model(recipe: Recipe, num_classes: int, start: str | Path | None = None, reset_head: bool = False) -> Model:
     """The recipe's model for so many classes, with random weights or those of a file, in training mode.
 
     Args:
@@ -31,7 +28,7 @@ def build_model(
     if wanted != num_classes:
         raise RecipeError(f"num_classes must be the data's {num_classes}, or be left out, got {wanted}")
     try:
-        model = create_vit(name, num_classes=num_classes, **options)
+        model = create_model(name, num_classes=num_classes, **options)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"[model]: {error}") from error
     if start is not None:

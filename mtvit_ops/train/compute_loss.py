@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..methods import AViT, Dense, EvoLeViT, EvoViT, Life, MTViT
+from ..models import Model
 from ..nn import LeViT, VisionTransformer
 from ._task import check_target
 
@@ -25,9 +26,7 @@ _FILES: dict[type, str] = {
 }
 
 
-def compute_loss(
-    model: VisionTransformer | LeViT, images: Tensor, target: Tensor, **weights: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
+def compute_loss(model: Model, images: Tensor, target: Tensor, **weights: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Run a model as its method trains, and weigh what the method minimises.
 
     Args:
@@ -60,7 +59,7 @@ def compute_loss(
     return module.loss(model, images, target, chosen)
 
 
-def loss_of(model: VisionTransformer | LeViT, weights: Mapping[str, Any]) -> tuple[ModuleType, Any]:
+def loss_of(model: Model, weights: Mapping[str, Any]) -> tuple[ModuleType, Any]:
     """The module with the loss of the model's method, and its weights, checked; errors as of ``compute_loss``."""
     if not isinstance(model, (VisionTransformer, LeViT)):
         raise TypeError(f"model must be a VisionTransformer or LeViT, got {type(model).__name__}")

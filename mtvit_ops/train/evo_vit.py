@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._checks import check_choice, check_count, check_real
 from ..methods import EvoLeViT, EvoViT
-from ..nn import LeViT, VisionTransformer
+from ..models import Model
+from ..nn import VisionTransformer
 from ._task import task_loss
 
 
@@ -75,7 +76,7 @@ def mode_at(epoch: int, stage_epoch: int = 200) -> str:
     return "layer" if epoch < stage_epoch else "stage"
 
 
-def set_mode(model: VisionTransformer | LeViT, mode: str) -> None:
+def set_mode(model: Model, mode: str) -> None:
     """Run a model in another mode from now on; its parameters stay as they are.
 
     Args:

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..models import Model
 from ..nn import VisionTransformer, checkpointed_twin, drop_path_twin
 from ..progress import Progress
 from ..weights import ModelInfo, save_model
@@ -47,7 +48,7 @@ class StoppedError(TrainError):
 class TrainResult(NamedTuple):
     """What came out."""
 
-    model: VisionTransformer  # in evaluation mode: the moving average, if there is one
+    model: Model  # in evaluation mode: the moving average, if there is one
     score: Score  # of the last evaluation
     best: float  # top-1
     steps: int
@@ -78,8 +79,8 @@ def train(
         resume: go on from the state in ``out``, if there is one; without it such a folder is refused. The recipe must
             be the same but for its title, ``data.workers``, ``run.sharding``, ``run.log_steps`` and ``run.save_steps``.
         reset_head: with ``start``, take everything but the classifier.
-        teacher: weights of the model that softens the targets where the recipe's ``teacher.share`` is above 0, as
-            ``load_model`` takes them.
+        teacher: weights of the model that softens the targets or answers, where the recipe's ``teacher`` wants one, as
+            ``load_model`` takes them, or timm where ``teacher.model`` names one of its.
         device: ``"cpu"``, or None: what Accelerate finds.
         progress: what a person sees; None: nothing.
 
@@ -127,7 +128,7 @@ def train(
 class _Objective(nn.Module):
     """The loss as a module's forward, which is what data-parallel training hooks into."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
@@ -168,9 +169,11 @@ class _Run:
         self.mixing = Mixing(recipe.mix, len(train_set.classes)) if recipe.mix.mixes else None
         if state is not None:
             self._restore(state)  # while tensors are whole
-        learner = checkpointed_twin(model) if recipe.run.checkpointing else model
-        if recipe.regularise.drop_path:
-            learner = drop_path_twin(learner, recipe.regularise.drop_path)
+        learner = model
+        if isinstance(learner, VisionTransformer):
+            learner = checkpointed_twin(learner) if recipe.run.checkpointing else learner
+            rate = recipe.regularise.drop_path
+            learner = drop_path_twin(learner, rate) if rate else learner
         self.objective = processes.prepare(_Objective(learner))
         if self.average is not None:
             processes.weights.shard_(self.average.holder)
@@ -249,11 +252,14 @@ class _Run:
         self.schedule.set(self.step)
         with self.processes.autocast():
             if self.teacher is not None:
-                targets = self.teacher.soften(images, targets)
+                if self.recipe.teacher.answers:
+                    weights["answers"] = self.teacher.answers(images)
+                else:
+                    targets = self.teacher.soften(images, targets)
             loss, parts = self.objective(images, targets, weights)
         self.processes.backward(loss)
         if self.recipe.optimiser.clip_grad:
-            self.processes.clip(self.objective.parameters(), self.recipe.optimiser.clip_grad)
+            self.processes.clip(self.objective.parameters(), self.recipe.optimiser)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         if self.average is not None:
@@ -367,7 +373,7 @@ class _Run:
                 yield batch
 
     @property
-    def _judged(self) -> VisionTransformer:
+    def _judged(self) -> Model:
         return self.model if self.average is None else self.average.model
 
     @property
@@ -425,7 +431,7 @@ class _Run:
             )
         for model in (self.model,) if self.average is None else (self.model, self.average.model):
             model.method.config = dataclasses.replace(model.method.config, **state.method)
-            model.method.attach(model)
+            model.method.attach(cast(Any, model))
         self.model.load_state_dict(state.model)
         if self.average is not None and state.average is not None:
             self.average.model.load_state_dict(state.average)

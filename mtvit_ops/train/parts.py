@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .._timm import import_timm
-from ..nn import VisionTransformer
+from ..models import Model
+from ..nn import LeViT, VisionTransformer
 from .plan import Plan
 from .recipe import MixOptions, OptimiserOptions, RecipeError
 
 
-def make_optimiser(model: VisionTransformer, options: OptimiserOptions, plan: Plan) -> torch.optim.Optimizer:
+def make_optimiser(model: Model, options: OptimiserOptions, plan: Plan) -> torch.optim.Optimizer:
     """The optimiser of what learns; vectors, positions and the class token have no weight decay.
 
     Raises:
@@ -88,7 +89,7 @@ class Average:
         sharded: whether model and average will be shards when they meet; their buffers are none.
     """
 
-    def __init__(self, model: VisionTransformer, decay: float, *, sharded: bool = False) -> None:
+    def __init__(self, model: Model, decay: float, *, sharded: bool = False) -> None:
         import_timm()
         from timm.utils import ModelEmaV3
 
@@ -102,12 +103,12 @@ class Average:
         return self._ema
 
     @property
-    def model(self) -> VisionTransformer:
+    def model(self) -> Model:
         averaged = self._ema.module
-        assert isinstance(averaged, VisionTransformer)
+        assert isinstance(averaged, (VisionTransformer, LeViT))
         return averaged
 
-    def update(self, model: VisionTransformer, step: int) -> None:
+    def update(self, model: Model, step: int) -> None:
         self._ema.update(model, step=step)
 
 

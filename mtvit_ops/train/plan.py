@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._checks import check_choice, check_real
-from ..methods import EvoViT, Life, MTViT
+from ..methods import EvoLeViT, EvoViT, Life, MTViT
+from ..models import Model
 from ..nn import VisionTransformer
 from . import evo_vit, life, mt_vit
 
@@ -17,10 +18,10 @@ from . import evo_vit, life, mt_vit
 class Plan:
     """Nothing changes; the plan of the dense ViT and of A-ViT."""
 
-    def start(self, model: VisionTransformer, loss: Mapping[str, Any]) -> None:
+    def start(self, model: Model, loss: Mapping[str, Any]) -> None:
         """Choose what learns, once, before the optimiser is made."""
 
-    def at(self, model: VisionTransformer, loss: Mapping[str, Any], progress: float) -> dict[str, Any]:
+    def at(self, model: Model, loss: Mapping[str, Any], progress: float) -> dict[str, Any]:
         """Set the model up for a step and return the weights of its loss; ``progress``: share of the steps done."""
         return dict(loss)
 
@@ -31,7 +32,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class EvoViTPlan(Plan):
-    """
+    """Of the flat backbone and of LeViT.
+
     Attributes:
         stage_from: share of the training after which selection goes by stage instead of by layer, [0, 1]; the authors'
             200 of 300 epochs. Evaluation is in the mode that training is in.
@@ -42,9 +44,9 @@ class EvoViTPlan(Plan):
     def __post_init__(self) -> None:
         check_real("stage_from", self.stage_from, 0.0, 1.0)
 
-    def at(self, model: VisionTransformer, loss: Mapping[str, Any], progress: float) -> dict[str, Any]:
+    def at(self, model: Model, loss: Mapping[str, Any], progress: float) -> dict[str, Any]:
         mode = "layer" if progress < self.stage_from else "stage"
-        assert isinstance(model.method, EvoViT)
+        assert isinstance(model.method, (EvoViT, EvoLeViT))
         if model.method.config.mode != mode:
             evo_vit.set_mode(model, mode)
         return dict(loss)
@@ -62,8 +64,9 @@ class LifePlan(Plan):
     def __post_init__(self) -> None:
         check_choice("freeze", self.freeze, (True, False))
 
-    def start(self, model: VisionTransformer, loss: Mapping[str, Any]) -> None:
+    def start(self, model: Model, loss: Mapping[str, Any]) -> None:
         if self.freeze:
+            assert isinstance(model, VisionTransformer)
             life.freeze(model, loss.get("stage", life.LifeLoss().stage))
 
 
@@ -97,7 +100,7 @@ class MTViTPlan(Plan):
         for value in self.temperature:
             check_real("temperature", value, 0.0, 1e6, open_low=True)
 
-    def start(self, model: VisionTransformer, loss: Mapping[str, Any]) -> None:
+    def start(self, model: Model, loss: Mapping[str, Any]) -> None:
         if "temperature" in loss:
             raise ValueError(
                 "temperature must be left out of the loss, where the plan's takes its place, got"
@@ -112,7 +115,7 @@ class MTViTPlan(Plan):
                     f" {value!r}"
                 )
 
-    def at(self, model: VisionTransformer, loss: Mapping[str, Any], progress: float) -> dict[str, Any]:
+    def at(self, model: Model, loss: Mapping[str, Any], progress: float) -> dict[str, Any]:
         weights = dict(loss)
         mode = weights.get("mode", mt_vit.MTViTLoss().mode)
         if mode == "tails":
@@ -141,10 +144,10 @@ _UNREAD = {
     **dict.fromkeys(mt_vit.PREDICTOR_MODES, ("predictor_only", "encoder_lr", "temperature", "anneal_entropy")),
 }
 _PREDICTOR = "method.predictor."
-_PLANS: dict[type, type[Plan]] = {EvoViT: EvoViTPlan, Life: LifePlan, MTViT: MTViTPlan}
+_PLANS: dict[type, type[Plan]] = {EvoViT: EvoViTPlan, EvoLeViT: EvoViTPlan, Life: LifePlan, MTViT: MTViTPlan}
 
 
-def make_plan(model: VisionTransformer, options: Mapping[str, Any]) -> Plan:
+def make_plan(model: Model, options: Mapping[str, Any]) -> Plan:
     """The plan of the model's method.
 
     Raises:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..nn import VisionTransformer
+from ..models import Model
+from ..nn import LeViT
 from .build import build_model
 from .compute_loss import compute_loss, loss_of
 from .device_views import DeviceViews, worker_options
@@ -17,7 +18,7 @@ from .order import TrainOrder
 from .parts import Schedule, make_optimiser
 from .plan import Plan, make_plan
 from .processes import Processes
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
 from .state import TrainError, TrainState
 from .teacher import Teacher
 from .views import eval_view, train_view
@@ -26,7 +27,7 @@ from .views import eval_view, train_view
 class Prepared(NamedTuple):
     """What a training runs with."""
 
-    model: VisionTransformer  # on the processes' device, in training mode
+    model: Model  # on the processes' device, in training mode
     plan: Plan  # started
     teacher: Teacher | None
 
@@ -56,7 +57,7 @@ def prepare(
     """
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe, len(images.classes), start if state is None else None, reset_head)
-    loss_of(model, recipe.loss)
+    _check_wishes(recipe, model, processes)
     plan = make_plan(model, recipe.plan)
     plan.start(model, recipe.loss)
     _rehearse(recipe, model, plan, len(images), processes)
@@ -71,7 +72,31 @@ def prepare(
     return Prepared(model.to(processes.device), plan, guide)
 
 
-def _rehearse(recipe: Recipe, model: VisionTransformer, plan: Plan, num_images: int, processes: Processes) -> None:
+def _check_wishes(recipe: Recipe, model: Model, processes: Processes) -> None:
+    """Refuse what not every model has."""
+    _, weights = loss_of(model, recipe.loss)
+    if recipe.teacher.answers and not hasattr(weights, "answers"):
+        raise RecipeError(
+            f"teacher.answers must be false for {type(model.method).__name__}, whose loss reads no answers; a share"
+            " softens its targets"
+        )
+    if not isinstance(model, LeViT):
+        return
+    if recipe.regularise.drop_path:
+        raise RecipeError(
+            "regularise.drop_path must be 0 for a LeViT, whose own is model.drop_path, got"
+            f" {recipe.regularise.drop_path}"
+        )
+    if recipe.run.checkpointing:
+        raise RecipeError("run.checkpointing must be false for a LeViT, got true")
+    if recipe.optimiser.batch_size // processes.world_size < 2:
+        raise RecipeError(
+            "batch_size must be at least 2 for each process for a LeViT, whose batch norms see a process's images, got"
+            f" {recipe.optimiser.batch_size} for {processes.world_size}"
+        )
+
+
+def _rehearse(recipe: Recipe, model: Model, plan: Plan, num_images: int, processes: Processes) -> None:
     """Make all that a step needs, and compute losses of a copy on the CPU, so that what must fail does so now."""
     options, augment = recipe.optimiser, recipe.augment
     rank, world_size = processes.rank, processes.world_size
@@ -91,6 +116,7 @@ def _rehearse(recipe: Recipe, model: VisionTransformer, plan: Plan, num_images: 
     images = torch.zeros(min(2, options.batch_size // world_size), 3, size, size)
     target = torch.zeros(len(images), dtype=torch.int64)
     twin.eval()
+    answers = {"answers": target} if recipe.teacher.answers else {}
     with torch.no_grad():
         for progress in (0.0, 1.0):
-            compute_loss(twin, images, target, **plan.at(twin, recipe.loss, progress))
+            compute_loss(twin, images, target, **plan.at(twin, recipe.loss, progress), **answers)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._timm import import_timm
 from ._weights import Weights
+from .recipe import OptimiserOptions
 from .state import TrainError
 
 
@@ -85,8 +87,15 @@ class Processes:
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def clip(self, parameters: Iterable[Tensor], norm: float) -> None:
-        self._accelerator.clip_grad_norm_(parameters, norm)
+    def clip(self, parameters: Iterable[Tensor], options: OptimiserOptions) -> None:
+        """Shorten gradients as the recipe has it."""
+        if options.clip_mode == "norm":
+            self._accelerator.clip_grad_norm_(parameters, options.clip_grad)
+            return
+        import_timm()
+        from timm.utils.agc import adaptive_clip_grad
+
+        adaptive_clip_grad(parameters, clip_factor=options.clip_grad)
 
     def mean(self, value: Tensor) -> Tensor:
         """Over all processes, on the CPU."""

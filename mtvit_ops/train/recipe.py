@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 PRECISIONS = ("float32", "bfloat16")
 SHARDINGS = ("none", "full")
+CLIP_MODES = ("norm", "agc")
 _WITHOUT_END = ("constant", "step", "multistep")  # timm's schedules that do not read min_lr
 SHARDED_OPTIMISERS = ("adam", "adamw", "momentum", "sgd")  # each value by itself: a shard's are those of the whole
 
@@ -98,6 +99,8 @@ class OptimiserOptions:
         betas: of Adam and its kin; None: timm's.
         weight_decay: of matrices; vectors, positions and the class token have none, >= 0.
         clip_grad: largest norm of the gradient, > 0; 0: as it is.
+        clip_mode: of what norm. ``"norm"``: of all gradients together; ``"agc"``: of each unit's (a row of a matrix),
+            over that of its weights, or 1e-3 if they are smaller (adaptive gradient clipping, timm's).
         schedule: a schedule of timm's (``"cosine"`` ...), or ``"linear"``; by step.
         warmup_epochs, warmup_lr, min_lr: its start and end, >= 0; epochs may be a fraction. ``min_lr`` is at most
             ``lr`` where the schedule reads it, as all but ``"constant"``, ``"step"`` and ``"multistep"`` do.
@@ -111,6 +114,7 @@ class OptimiserOptions:
     betas: tuple[float, float] | None = None
     weight_decay: float = 0.05
     clip_grad: float = 0.0
+    clip_mode: str = "norm"
     schedule: str = "cosine"
     warmup_epochs: float = 0.0
     warmup_lr: float = 1e-6
@@ -127,6 +131,11 @@ class OptimiserOptions:
             object.__setattr__(self, "betas", tuple(self.betas))  # the one way into a frozen dataclass
         for name in ("weight_decay", "clip_grad", "warmup_lr", "min_lr"):
             check_real(name, getattr(self, name), 0.0, 1e6)
+        check_choice("clip_mode", self.clip_mode, CLIP_MODES)
+        if self.clip_grad == 0 and self.clip_mode != "norm":
+            raise ValueError(
+                f"clip_mode must be 'norm' where clip_grad is 0, so that nothing is clipped, got {self.clip_mode!r}"
+            )
         if self.min_lr > self.lr and self.schedule not in _WITHOUT_END:
             raise ValueError(f"min_lr must be at most lr {self.lr}, or the rate would rise to it, got {self.min_lr}")
         check_real("warmup_epochs", self.warmup_epochs, 0.0, float(self.epochs))
@@ -153,19 +162,34 @@ class RegulariseOptions:
 class TeacherOptions:
     """
     Attributes:
-        share: of every target that is the teacher's prediction, [0, 1]; the rest is the label, or the mixed labels. 0:
-            no teacher. Which teacher is said beside the recipe; see ``train.teacher``.
-        temperature: what the teacher's logits are divided by, (0, 1e3]; above 1: softer. 1 without a teacher.
+        share: of every target that is the teacher's prediction, [0, 1]; the rest is the label, or the mixed labels.
+            Which teacher is said beside the recipe; see ``train.teacher``.
+        temperature: what the teacher's logits are divided by, (0, 1e3]; above 1: softer. 1 where share is 0.
+        answers: let the teacher say one class an image, for the loss of classifiers of their own (Evo-ViT on LeViT);
+            then share is 0. Without a share and without answers there is no teacher.
+        model: timm's name of the teacher's architecture; empty: its file says which model of this package it is.
     """
 
     share: float = 0.0
     temperature: float = 1.0
+    answers: bool = False
+    model: str = ""
 
     def __post_init__(self) -> None:
         check_real("share", self.share, 0.0, 1.0)
         check_real("temperature", self.temperature, 0.0, 1e3, open_low=True)
+        check_choice("answers", self.answers, (True, False))
+        if self.answers and self.share > 0:
+            raise ValueError(f"share must be 0 where the teacher gives answers, got {self.share}")
         if self.share == 0 and self.temperature != 1:
-            raise ValueError(f"temperature must be 1 where share is 0, without a teacher, got {self.temperature}")
+            raise ValueError(f"temperature must be 1 where share is 0, got {self.temperature}")
+        if self.model and not self.wanted:
+            raise ValueError(f"model must be empty without share and without answers, got {self.model!r}")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a teacher."""
+        return self.share > 0 or self.answers
 
 
 @dataclass(frozen=True)
@@ -235,6 +259,10 @@ class Recipe:
         if self.mix.mixes and self.optimiser.batch_size % 2:
             raise ValueError(
                 f"batch_size must be even where images are mixed in pairs, got {self.optimiser.batch_size}"
+            )
+        if self.run.sharding == "full" and self.optimiser.clip_mode != "norm":
+            raise ValueError(
+                f"optimiser.clip_mode must be 'norm' where run.sharding is 'full', got {self.optimiser.clip_mode!r}"
             )
         if self.run.sharding == "full" and self.optimiser.name not in SHARDED_OPTIMISERS:
             raise ValueError(

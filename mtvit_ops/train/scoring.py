@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..nn import VisionTransformer
+from ..models import Model
 
 
 class Score(NamedTuple):
@@ -24,7 +24,7 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def score(
-    model: VisionTransformer,
+    model: Model,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     autocast: torch.dtype | None = None,

@@ -162,6 +162,30 @@ def test_rows_do_not_depend_on_threads(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@DTYPES
+def test_slow_fast_does_not_depend_on_threads(dtype):
+    torch.manual_seed(4)
+    lengths = torch.tensor([150, 0, 90, 1, 160])
+    cu = torch.cat((torch.zeros(1), lengths.cumsum(0))).int()
+    rows = torch.randperm(600)[: int(lengths.sum())].int()
+    x, increment, weights = (
+        torch.randn(600, 130).to(dtype),
+        torch.randn(5, 130).to(dtype),
+        torch.rand(len(rows)).to(dtype),
+    )
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            merged = native.slow_fast_merge(x, weights, rows, cu, 160, True)
+            results.append((merged, native.slow_fast_update(x, rows, cu, 160, increment)))
+    finally:
+        torch.set_num_threads(before)
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_conversion_is_exact(dtype):
     # every value of the format goes in; every sum comes out rounded as PyTorch rounds it

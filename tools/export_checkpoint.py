@@ -13,10 +13,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mtvit_ops import calibrate
+from mtvit_ops._arguments import override
 from mtvit_ops.files import write_atomically
 from mtvit_ops.flops import count_batch_macs
 from mtvit_ops.methods import Dense
@@ -66,22 +68,32 @@ def main() -> int:
     parser.add_argument("--data", required=True, type=Path, help="folder or zip with train/ and val/")
     parser.add_argument("--out", required=True, type=Path, help="the file to write; its card gets the suffix .md")
     parser.add_argument("--mac-ratio", type=float, help="calibrate the cost to this share of the dense model's")
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        type=override,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a field of the model's configuration; may be given again",
+    )
     parser.add_argument("--chain", required=True, help="the recipes that led here, in order")
     options = parser.parse_args()
     try:
-        export(options.weights, options.data, options.out, options.mac_ratio, options.chain)
+        changes = dict(options.changes)
+        export(options.weights, options.data, options.out, options.mac_ratio, options.chain, changes)
     except (ValueError, TypeError, OSError) as error:
         print(f"export_checkpoint: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def export(weights: Path, data: Path, out: Path, mac_ratio: float | None, chain: str) -> None:
-    model, info = load_vit(weights)
-    options = dict(info.model)
+def export(weights: Path, data: Path, out: Path, mac_ratio: float | None, chain: str, changes: dict[str, Any]) -> None:
+    model, info = load_vit(weights, **changes)
+    options = {**info.model, **changes}
     if hasattr(model.method, "head_cls"):  # inference has no use for Evo-ViT's second classifier
         del options["class_head"]
-        model, _ = load_vit(weights, class_head=False)
+        model, _ = load_vit(weights, **{**changes, "class_head": False})
     if mac_ratio is not None:
         done = calibrate(model, sample(data, "train", model.config.img_size, info), mac_ratio)
         options[done.field] = done.value

@@ -1,4 +1,4 @@
-"""Kinds of command-line arguments, for argparse."""
+"""Kinds of command-line arguments, for argparse, and one that several commands have."""
 
 from __future__ import annotations
 
@@ -41,3 +41,16 @@ def override(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value  # a word, such as evovit.mode=layer
+
+
+def add_changes(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
+    """``--set``, as ``changes``: a list of what ``override`` makes, to change ``what``."""
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        type=override,
+        action="append",
+        default=[],
+        metavar=metavar,
+        help=f"change {what}; may be given again",
+    )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ._arguments import count, override
+from ._arguments import add_changes, count
 
 _TRAIN_TEXT = """\
 Train a model by a recipe: a TOML file that says everything but where the data
@@ -93,15 +93,7 @@ def add_commands(commands: Any) -> None:
     train.add_argument(
         "--device", choices=("auto", "cpu"), default="auto", help="auto: what Accelerate finds (default: %(default)s)"
     )
-    train.add_argument(
-        "--set",
-        dest="changes",
-        type=override,
-        action="append",
-        default=[],
-        metavar="TABLE.KEY=VALUE",
-        help="change a value of the recipe; may be given again",
-    )
+    add_changes(train, "TABLE.KEY=VALUE", "a value of the recipe")
     evaluate = commands.add_parser(
         "evaluate",
         help="score trained weights: top-1, top-5, loss",
@@ -122,15 +114,7 @@ def add_commands(commands: Any) -> None:
         "--device", choices=("auto", "cpu"), default="auto", help="auto: what Accelerate finds (default: %(default)s)"
     )
     evaluate.add_argument("--json", metavar="FILE", help="write the score to this file")
-    evaluate.add_argument(
-        "--set",
-        dest="changes",
-        type=override,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a field of the model's configuration; may be given again",
-    )
+    add_changes(evaluate, "KEY=VALUE", "a field of the model's configuration")
 
 
 def _run_train(options: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mtvit_ops import calibrate
-from mtvit_ops._arguments import override
+from mtvit_ops._arguments import add_changes
 from mtvit_ops.files import write_atomically
 from mtvit_ops.flops import count_batch_macs
 from mtvit_ops.methods import Dense
@@ -68,15 +68,7 @@ def main() -> int:
     parser.add_argument("--data", required=True, type=Path, help="folder or zip with train/ and val/")
     parser.add_argument("--out", required=True, type=Path, help="the file to write; its card gets the suffix .md")
     parser.add_argument("--mac-ratio", type=float, help="calibrate the cost to this share of the dense model's")
-    parser.add_argument(
-        "--set",
-        dest="changes",
-        type=override,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a field of the model's configuration; may be given again",
-    )
+    add_changes(parser, "KEY=VALUE", "a field of the model's configuration")
     parser.add_argument("--chain", required=True, help="the recipes that led here, in order")
     options = parser.parse_args()
     try:

@@ -15,10 +15,14 @@ from mtvit_ops.train.a_vit import HALTED_KEY_BIAS
 
 
 class RandomEvoViT(EvoViT):
-    """Evo-ViT whose selections rank patches by drawn numbers."""
+    """Evo-ViT whose selections all rank patches by the same drawn numbers: nobody comes back."""
 
-    def before_block(self, index: int, tokens: RaggedTokens, state: EvoViTState) -> tuple[RaggedTokens, EvoViTState]:
-        return super().before_block(index, tokens, state._replace(score=torch.rand_like(state.score)))
+    def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, EvoViTState]:
+        tokens, state = super().embed(model, images)
+        return tokens, state._replace(score=torch.rand_like(state.score))
+
+    def _evolved(self, received: Tensor, score: Tensor, rows: Tensor | None, weight: float) -> Tensor:
+        return score
 
 
 class RandomLife(Life):

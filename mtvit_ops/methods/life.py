@@ -17,6 +17,7 @@ from ..nn.method import Method
 from ..nn.vision_transformer import VisionTransformer
 from ..ops import token_select
 from ..ragged import RaggedTokens
+from ._standardise import standardise
 
 NUM_STAGES = 3
 
@@ -164,11 +165,7 @@ class Life(Method):
             normed = F.layer_norm(x.to(wide), x.shape[2:])  # eps 1e-5, without affine: the authors never train it
             direction = normed[:, 0] @ self.weight.to(wide).T  # (B, D); first W c, then x . (W c)
             scores = (normed[:, 1:] @ direction[:, :, None])[:, :, 0]  # (B, N)
-        centred = scores - scores.mean(dim=1, keepdim=True)
-        # the sample deviation, written out so that a single patch or an empty batch is no special case
-        variance = centred.square().sum(dim=1, keepdim=True) / max(scores.shape[1] - 1, 1)
-        spread = variance.clamp_min(torch.finfo(wide).tiny).sqrt()  # a root has no slope at 0
-        normalised = centred / (spread + 1e-8) * self.std + self.mean
+        normalised = standardise(scores) * self.std + self.mean
         return base + (self.depth - base) * normalised
 
     def extras(self, first_rows: Tensor, states: list[LifeState]) -> dict[str, Tensor]:

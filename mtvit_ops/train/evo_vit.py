@@ -13,6 +13,7 @@ from ..methods import EvoLeViT, EvoViT
 from ..models import Model
 from ..nn import VisionTransformer
 from ._task import task_loss
+from .evo_soft import encode_softly
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,24 @@ class EvoViTLoss:
         class_task: weight of the second classifier, on the class token, in [0, 1e9]; above 0 the model must have been
             made with ``class_head=True``.
         label_smoothing: of both, in [0, 1].
+        selection: ``"hard"``: as in inference, so that no gradient reaches the scores (the authors'); ``"soft"``: every
+            patch goes on, and the blocks behind a selection weigh it by its score, so that the class attention learns
+            what to select (our design).
+        temperature: of the soft weights, > 0; see ``train.evo_soft.log_soft_weights``.
     """
 
     task: float = 0.5
     class_task: float = 0.5
     label_smoothing: float = 0.0
+    selection: str = "hard"
+    temperature: float = 3.0
 
     def __post_init__(self) -> None:
         check_real("task", self.task, 0.0, 1e9)
         check_real("class_task", self.class_task, 0.0, 1e9)
         check_real("label_smoothing", self.label_smoothing, 0.0, 1.0)
+        check_choice("selection", self.selection, ("hard", "soft"))
+        check_real("temperature", self.temperature, 0.0, 1e6, open_low=True)
 
 
 def loss(
@@ -42,7 +51,8 @@ def loss(
     """Cross-entropy of both classifiers; the terms are ``task`` and, where it has a weight, ``class_task``. Arguments
     and promises as of ``compute_loss``.
 
-    In both modes only selected tokens are computed, forward and backward. Scores rank tokens and carry no gradient.
+    In both modes only selected tokens are computed, forward and backward, and scores rank tokens and carry no gradient;
+    with ``selection="soft"`` they do, and all tokens are computed.
 
     Raises:
         ValueError: a weight for a second classifier that the model does not have.
@@ -55,7 +65,10 @@ def loss(
             "class_task must be 0 for a model without a second classifier (class_head=True makes one), got"
             f" {weights.class_task}"
         )
-    first_rows, tokens, state = model.encode(images)
+    if weights.selection == "soft":
+        first_rows, tokens, state = encode_softly(model, images, weights.temperature)
+    else:
+        first_rows, tokens, state = model.encode(images)
     logits = model.classify(method.readout(first_rows, tokens, state).to(images.dtype))
     parts = {"task": task_loss(logits, target, weights.label_smoothing)}
     total = weights.task * parts["task"]

@@ -68,13 +68,12 @@ def table(runs: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     more = [run["accuracy"]["vit_trained_on"] for run in runs if "vit_trained_on" in run["accuracy"]]
     if more:
-        epochs = more[0]["recipe"]["optimiser"]["epochs"]
         taught = " with a teacher" if more[0]["recipe"]["teacher"]["share"] > 0 else ""
         reached = _spread([100 * each["top1"] for each in more], ".2f")
         lines += [
             "",
-            "The methods start from the dense ViT and learn on; the dense ViT itself, trained on for"
-            f" {epochs} epochs{taught}, reaches {reached} %.",
+            "The methods start from the dense ViT and learn on; the dense ViT itself, trained on"
+            f"{taught}, reaches {reached} %.",
         ]
     lines += [
         "",

@@ -27,9 +27,9 @@ def onednn_dtypes() -> tuple[torch.dtype, ...]:
 def panel_dtypes() -> tuple[torch.dtype, ...]:
     """What our own kernel (``csrc/cpu/ragged_linear.cpp``) multiplies here, in oneDNN's place.
 
-    With AVX2 alone it is as fast as oneDNN at many tokens, faster at few (``bench/results/cpu/cpu.md``), and takes
-    16-bit weights, for which PyTorch has no fast kernel there. With AVX-512 it was not measured against oneDNN: there
-    it takes what oneDNN does not.
+    At many tokens it is as fast as oneDNN's, within a few percent, and at few tokens faster; layer norm and residual go
+    along (``bench/results/cpu/cpu.md``). 16-bit weights: with AVX2 PyTorch has no fast kernel for them; with AVX-512
+    ours keeps up where both multiply pairs of bfloat16 (AVX512_BF16), and not with matrix units (AMX).
     """
     if not _extension.has_extension():
         return ()
@@ -38,7 +38,10 @@ def panel_dtypes() -> tuple[torch.dtype, ...]:
     if level == "avx2":
         return every
     if level.startswith("avx512"):
-        return tuple(dtype for dtype in every if dtype not in onednn_dtypes())
+        ours = [torch.float32]
+        if level == "avx512bf16" and not torch.cpu._is_amx_tile_supported():
+            ours.append(torch.bfloat16)
+        return tuple(dtype for dtype in every if dtype in ours or dtype not in onednn_dtypes())
     return ()
 
 

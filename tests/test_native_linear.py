@@ -81,9 +81,11 @@ def test_layouts_and_threads_change_no_bit(dtype: torch.dtype) -> None:
     expected = native.linear(a, weight, bias, True)
     wide = torch.randn(230, 2, 310).to(dtype)
     wide[:, 1, :300] = a
+    uneven = torch.randn(230, 301).to(dtype)[:, :300]  # rows that begin between two pairs
+    uneven.copy_(a)
     turned = a.T.contiguous().T
     spread = bias.repeat_interleave(2)[::2]
-    for left in (wide[:, 1, :300], turned):
+    for left in (wide[:, 1, :300], uneven, turned):
         assert torch.equal(native.linear(left, weight.T.contiguous().T, spread, True), expected)
     once = a[:1].expand(6, 300)
     assert torch.equal(native.linear(once, weight, bias, False), native.linear(once.contiguous(), weight, bias, False))

@@ -6,11 +6,27 @@
 namespace mtvit_ops {
 namespace {
 
+// Memory to bring to the L2 cache on the side, `step` bytes further with each step of a product. Many at once would
+// stand in the way of what is needed now.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
+struct NothingAhead {};
+
+MTVIT_INLINE void fetch(NothingAhead&) {}
+
+MTVIT_INLINE void fetch(Ahead& ahead) {
+  __builtin_prefetch(ahead.at, 0, 2);
+  ahead.at += ahead.step;
+}
+
 // c (MR, NV * W) = or += a (MR, depth) times a panel of b (depth, NV * W), all in registers. TURNED: a lies as
 // (depth, MR).
-template <int MR, int NV, bool TURNED>
+template <int MR, int NV, bool TURNED, typename Next>
 __attribute__((noinline)) void multiply_tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c,
-                                             int64_t ldc, bool add) {
+                                             int64_t ldc, bool add, Next next) {
   Vec acc[MR][NV] = {};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
@@ -18,6 +34,7 @@ __attribute__((noinline)) void multiply_tile(const float* a, int64_t lda, const 
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) bk[j] = load(b + j * W);
     b += NV * W;
+    fetch(next);
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
       const Vec aik = splat(TURNED ? a[k * lda + i] : a[i * lda + k]);
@@ -35,13 +52,13 @@ __attribute__((noinline)) void multiply_tile(const float* a, int64_t lda, const 
   }
 }
 
-template <int NV, bool TURNED, int MR = kRows>
+template <int NV, bool TURNED, int MR = kRows, typename Next = NothingAhead>
 MTVIT_INLINE void multiply_rows(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c,
-                                int64_t ldc, bool add) {
+                                int64_t ldc, bool add, Next next = {}) {
   if constexpr (MR > 1) {
-    if (rows < MR) return multiply_rows<NV, TURNED, MR - 1>(rows, a, lda, b, depth, c, ldc, add);
+    if (rows < MR) return multiply_rows<NV, TURNED, MR - 1>(rows, a, lda, b, depth, c, ldc, add, next);
   }
-  multiply_tile<MR, NV, TURNED>(a, lda, b, depth, c, ldc, add);
+  multiply_tile<MR, NV, TURNED>(a, lda, b, depth, c, ldc, add, next);
 }
 
 // Tiles of at most kRows rows and about one height, as body(first, count): a last tile of one or two rows would wait

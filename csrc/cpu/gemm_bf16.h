@@ -8,7 +8,7 @@
 namespace mtvit_ops {
 namespace {
 
-constexpr int64_t kMostPairs = 128;  // of one sum; a longer one would need parts, as in gemm.h
+constexpr int64_t kMostPairs = 128;  // of one of attention's sums; a longer one would need parts, as in gemm.h
 
 constexpr int64_t num_pairs(int64_t depth) {
   return (depth + 1) / 2;
@@ -19,6 +19,26 @@ MTVIT_INLINE Vec load_pairs(const uint16_t* p, int64_t n) {
   Vec pairs{};
   __builtin_memcpy(&pairs, p, static_cast<size_t>(2 * (n < 2 * W ? n : 2 * W)));
   return pairs;
+}
+
+// weight (n, k), rows `stride` apart, k even, to panels [begin, end) of 2 W of its rows each: (k / 2, 2 W, 2), zeros
+// past the last row.
+inline void pack_weight_pairs(const uint16_t* weight, int64_t stride, int64_t n, int64_t k, uint16_t* panels,
+                              int64_t begin, int64_t end) {
+  const int64_t pairs = k / 2;
+  for (int64_t half = 2 * begin; half < 2 * end; ++half) {
+    uint16_t* to = panels + half / 2 * k * 2 * W + half % 2 * 2 * W;
+    const int64_t first = half * W, rows = n - first < W ? n - first : W;
+    for (int64_t c = 0; c < pairs; c += W) {
+      const int64_t depth = pairs - c < W ? pairs - c : W;
+      Vec block[W];
+      for (int64_t i = 0; i < W; ++i) {
+        block[i] = i < rows ? load_pairs(weight + (first + i) * stride + 2 * c, k - 2 * c) : Vec{};
+      }
+      transpose(block);
+      for (int64_t i = 0; i < depth; ++i) __builtin_memcpy(to + (c + i) * 4 * W, &block[i], sizeof block[i]);
+    }
+  }
 }
 
 // k (nk, d) to panels of K^T: (pairs, panel width) each, zero past the last key; a float here is a pair.
@@ -41,19 +61,21 @@ inline void pack_key_pairs(const uint16_t* k, int64_t stride, int64_t nk, int64_
   }
 }
 
-template <int MR, int NV>
-__attribute__((noinline)) void multiply_pair_tile(const float* a, int64_t lda, const float* b, int64_t pairs, float* c,
-                                                  int64_t ldc, float scale) {
+// c (MR, NV * W) = or += scale * a (MR, pairs, 2) times a panel of b (pairs, NV * W, 2); lda in numbers.
+template <int MR, int NV, typename Next>
+__attribute__((noinline)) void multiply_pair_tile(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t pairs,
+                                                  float* c, int64_t ldc, float scale, bool add, Next next) {
   __m512 acc[MR][NV] = {};
   for (int64_t k = 0; k < pairs; ++k) {
     __m512bh bk[NV];
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) bk[j] = bits<__m512bh>(load(b + j * W));
-    b += NV * W;
+    for (int j = 0; j < NV; ++j) bk[j] = bits<__m512bh>(load_pairs(b + j * 2 * W, 2 * W));
+    b += NV * 2 * W;
+    fetch(next);
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
       int32_t pair;
-      __builtin_memcpy(&pair, a + i * lda + k, sizeof pair);  // as an integer: as a float it may be a NaN
+      __builtin_memcpy(&pair, a + i * lda + 2 * k, sizeof pair);  // as an integer: as a float it may be a NaN
       const auto aik = bits<__m512bh>(_mm512_set1_epi32(pair));
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], aik, bk[j]);
@@ -62,31 +84,37 @@ __attribute__((noinline)) void multiply_pair_tile(const float* a, int64_t lda, c
 #pragma GCC unroll 12
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, bits<Vec>(acc[i][j]) * scale);
+    for (int j = 0; j < NV; ++j) {
+      float* to = c + i * ldc + j * W;
+      const Vec sums = bits<Vec>(acc[i][j]) * scale;
+      store(to, add ? sums + load(to) : sums);
+    }
   }
 }
 
-template <int NV, int MR = kRows>
-MTVIT_INLINE void multiply_pair_rows(int64_t rows, const float* a, int64_t lda, const float* b, int64_t pairs, float* c,
-                                     int64_t ldc, float scale) {
+template <int NV, int MR = kRows, typename Next = NothingAhead>
+MTVIT_INLINE void multiply_pair_rows(int64_t rows, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t pairs,
+                                     float* c, int64_t ldc, float scale, bool add, Next next = {}) {
   if constexpr (MR > 1) {
-    if (rows < MR) return multiply_pair_rows<NV, MR - 1>(rows, a, lda, b, pairs, c, ldc, scale);
+    if (rows < MR) return multiply_pair_rows<NV, MR - 1>(rows, a, lda, b, pairs, c, ldc, scale, add, next);
   }
-  multiply_pair_tile<MR, NV>(a, lda, b, pairs, c, ldc, scale);
+  multiply_pair_tile<MR, NV>(a, lda, b, pairs, c, ldc, scale, add, next);
 }
 
-// c (rows, columns) = scale * a (rows, pairs) times b (pairs, columns) in panels; columns is a multiple of W, pairs <=
-// kMostPairs. A panel meets all rows while it is in the L1 cache.
+// c (rows, columns) = scale * a (rows, pairs) times b (pairs, columns) in panels, a float of both being a pair; columns
+// is a multiple of W, pairs <= kMostPairs. A panel meets all rows while it is in the L1 cache.
 inline void multiply_pairs(int64_t rows, const float* a, int64_t lda, const float* b, int64_t pairs, float* c,
                            int64_t ldc, int64_t columns, float scale) {
+  const auto* left = reinterpret_cast<const uint16_t*>(a);
   for (int64_t j = 0; j < columns; j += 2 * W) {
     const bool wide = j + 2 * W <= columns;
-    const float* panel = b + j * pairs;
+    const auto* panel = reinterpret_cast<const uint16_t*>(b + j * pairs);
     for_each_tile(rows, [&](int64_t i, int64_t count) {
+      const uint16_t* from = left + i * 2 * lda;
       if (wide) {
-        multiply_pair_rows<2>(count, a + i * lda, lda, panel, pairs, c + i * ldc + j, ldc, scale);
+        multiply_pair_rows<2>(count, from, 2 * lda, panel, pairs, c + i * ldc + j, ldc, scale, false);
       } else {
-        multiply_pair_rows<1>(count, a + i * lda, lda, panel, pairs, c + i * ldc + j, ldc, scale);
+        multiply_pair_rows<1>(count, from, 2 * lda, panel, pairs, c + i * ldc + j, ldc, scale, false);
       }
     });
   }

@@ -41,18 +41,27 @@ void predict_tail(const PredictorTask& t, int64_t image, float* scratch, float* 
 
 void pack_weight(Dtype dtype, const void* weight, int64_t stride, int64_t n, int64_t k, void* panels, int64_t begin,
                  int64_t end) {
+#ifdef MTVIT_OPS_BF16_DOTS
+  if (dtype == Dtype::bf16 && k % 2 == 0) {
+    return pack_weight_pairs(static_cast<const uint16_t*>(weight), stride, n, k, static_cast<uint16_t*>(panels), begin,
+                             end);
+  }
+#endif
   MTVIT_BY_DTYPE(dtype, pack_weight_panels, weight, stride, n, k, panels, begin, end);
 }
 
-template <typename E>
+template <typename E, typename P = Widened<E>>
 void linear_of(const LinearTask& t, int64_t begin, int64_t count, int64_t first, int64_t last, float* scratch) {
   MTVIT_ASSERT(count <= kLinearRows);
   // results have the factors' dtype, or float32
-  if (t.out_dtype == t.dtype) return linear_block<E, E>(t, begin, count, first, last, scratch);
-  linear_block<E, F32>(t, begin, count, first, last, scratch);
+  if (t.out_dtype == t.dtype) return linear_block<P, E>(t, begin, count, first, last, scratch);
+  linear_block<P, F32>(t, begin, count, first, last, scratch);
 }
 
 void linear(const LinearTask& t, int64_t begin, int64_t count, int64_t first, int64_t last, float* scratch) {
+#ifdef MTVIT_OPS_BF16_DOTS
+  if (t.dtype == Dtype::bf16 && t.k % 2 == 0) return linear_of<BF16, Pairs>(t, begin, count, first, last, scratch);
+#endif
   MTVIT_BY_DTYPE(t.dtype, linear_of, t, begin, count, first, last, scratch);
 }
 

@@ -2,6 +2,9 @@
 // Included by kernels.cpp alone, once per instruction set.
 #pragma once
 #include <stdint.h>
+#ifdef MTVIT_OPS_BF16_DOTS
+#include <immintrin.h>
+#endif
 
 namespace mtvit_ops {
 namespace {
@@ -46,10 +49,26 @@ MTVIT_INLINE void store(float* p, Vec x) {
   __builtin_memcpy(p, &x, sizeof x);
 }
 
+// The lanes of x, lane i ^ STEP in lane i's place.
+template <int STEP>
+MTVIT_INLINE Vec swapped(Vec x) {
+  IVec lane;
+  for (int i = 0; i < W; ++i) lane[i] = i ^ STEP;
+#ifdef __clang__
+  Vec y;
+  for (int i = 0; i < W; ++i) y[i] = x[lane[i]];
+  return y;
+#else
+  return __builtin_shuffle(x, lane);
+#endif
+}
+
+// Lane 0 of halves added to halves, until one lane is left.
 MTVIT_INLINE float sum(Vec x) {
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
+  if constexpr (W > 8) x += swapped<8>(x);
+  if constexpr (W > 4) x += swapped<4>(x);
+  x += swapped<2>(x);
+  return x[0] + x[1];
 }
 
 MTVIT_INLINE Vec max(Vec a, Vec b) {
@@ -57,9 +76,10 @@ MTVIT_INLINE Vec max(Vec a, Vec b) {
 }
 
 MTVIT_INLINE float max(Vec x) {
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
-  return x[0];
+  if constexpr (W > 8) x = max(x, swapped<8>(x));
+  if constexpr (W > 4) x = max(x, swapped<4>(x));
+  x = max(x, swapped<2>(x));
+  return x[0] > x[1] ? x[0] : x[1];
 }
 
 // 2^x for x <= 0. Within 2 ulp for x >= -126; from there to -127 results are subnormal, below it they are 0. -inf gives
@@ -101,6 +121,15 @@ struct BF16 {
   using T = uint16_t;
   MTVIT_INLINE Vec load(const T* p) { return bits<Vec>(load_16(p) << 16); }
   MTVIT_INLINE void store(T* p, Vec x) {
+#ifdef MTVIT_OPS_BF16_DOTS
+    const auto wide = bits<__m512>(x);
+    constexpr int kSubnormal = 0x20;  // which the instruction would make 0
+    if (__builtin_expect(_mm512_fpclass_ps_mask(wide, kSubnormal) == 0, 1)) {
+      const __m256bh h = _mm512_cvtneps_pbh(wide);
+      __builtin_memcpy(p, &h, sizeof h);
+      return;
+    }
+#endif
     const UVec u = bits<UVec>(x);
     const UVec nearest = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // ties to even
     store_16(p, (u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : nearest);

@@ -205,7 +205,7 @@ def test_operator_refuses_packed_weights_that_do_not_fit() -> None:
 
     run(panels)
     for wrong in (
-        panels[:1],  # too few rows
+        panels[:-1],  # too few rows
         panels[:, :-3].contiguous(),  # no square kernel
         panels[:, :-1].contiguous(),  # not a multiple of the channels
         panels[..., :-1].contiguous(),

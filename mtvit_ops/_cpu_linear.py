@@ -28,21 +28,17 @@ def panel_dtypes() -> tuple[torch.dtype, ...]:
     """What our own kernel (``csrc/cpu/ragged_linear.cpp``) multiplies here, in oneDNN's place.
 
     At many tokens it is as fast as oneDNN's, within a few percent, and at few tokens faster; layer norm and residual go
-    along (``bench/results/cpu/cpu.md``). 16-bit weights: with AVX2 PyTorch has no fast kernel for them; with AVX-512
-    ours keeps up where both multiply pairs of bfloat16 (AVX512_BF16), and not with matrix units (AMX).
+    along (``bench/results/cpu/cpu.md``). Without bfloat16 instructions PyTorch has no fast kernel for 16-bit weights.
+    Matrix units (AMX), which ours does not use, stay oneDNN's.
     """
     if not _extension.has_extension():
         return ()
     level = torch.ops.mtvit_ops_cpp.isa()
+    if level != "avx2" and not level.startswith("avx512"):
+        return ()
+    by_matrix_units = onednn_dtypes() if torch.cpu._is_amx_tile_supported() else ()
     every = (torch.float32, torch.bfloat16, torch.float16)
-    if level == "avx2":
-        return every
-    if level.startswith("avx512"):
-        ours = [torch.float32]
-        if level == "avx512bf16" and not torch.cpu._is_amx_tile_supported():
-            ours.append(torch.bfloat16)
-        return tuple(dtype for dtype in every if dtype in ours or dtype not in onednn_dtypes())
-    return ()
+    return tuple(dtype for dtype in every if dtype is torch.float32 or dtype not in by_matrix_units)
 
 
 @cache

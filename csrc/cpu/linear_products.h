@@ -104,8 +104,9 @@ struct Widened {
     }
   }
 
+  template <typename Next>
   MTVIT_INLINE void multiply(int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c,
-                             bool add, Ahead next) {
+                             bool add, Next next) {
     multiply_rows<2, false>(rows, a, lda, b, depth, c, 2 * W, add, next);
   }
 };
@@ -128,8 +129,9 @@ struct Pairs {
 
   MTVIT_INLINE const T* part(const T* panel, int64_t, float*) { return panel; }
 
+  template <typename Next>
   MTVIT_INLINE void multiply(int64_t rows, const T* a, int64_t lda, const T* b, int64_t depth, float* c, bool add,
-                             Ahead next) {
+                             Next next) {
     multiply_pair_rows<2>(rows, a, lda, b, depth / 2, c, 2 * W, 1.0f, add, next);
   }
 };

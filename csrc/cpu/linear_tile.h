@@ -65,29 +65,35 @@ MTVIT_INLINE void fetch_out(const LinearTask& t, int64_t begin, int64_t count, i
   }
 }
 
-// Memory on its way to the L2 cache, all of it at once.
-MTVIT_INLINE void fetch_all(const void* begin, const void* end) {
-  for (const auto* at = static_cast<const char*>(begin); at < end; at += 64) __builtin_prefetch(at, 0, 2);
-}
-
-// Shares memory out among steps of products: weights come from far, and while one part of them is multiplied the next
+// Shares memory out among tiles of products: weights come from far, and while one part of them is multiplied the next
 // one can be on its way.
 class Share {
  public:
-  Share(const void* begin, const void* end, int64_t steps) : at_(static_cast<const char*>(begin)) {
-    const int64_t bytes = static_cast<const char*>(end) - at_;
-    step_ = steps > 0 ? (bytes + steps - 1) / steps : 0;
+  Share(const void* begin, const void* end, int64_t steps)
+      : at_(static_cast<const char*>(begin)), end_(static_cast<const char*>(end)) {
+    step_ = steps > 0 ? (end_ - at_ + steps - 1) / steps : 0;
   }
 
-  // What a tile of so many steps takes.
-  __attribute__((always_inline)) Ahead take(int64_t steps) {
-    const Ahead taken{at_, step_};
+  // What a tile of so many steps takes: on the side where vectors are long and steps few, else at once, before it.
+  __attribute__((always_inline)) auto take(int64_t steps) {
+    const char* first = at_;
     at_ += steps * step_;
-    return taken;
+    if constexpr (W == 16) {
+      return Ahead{first, step_};
+    } else {
+      fetch(first, at_ < end_ ? at_ : end_);
+      return NothingAhead{};
+    }
   }
+
+  void take_all() const { fetch(at_, end_); }
 
  private:
-  const char* at_;
+  static void fetch(const char* begin, const char* end) {
+    for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 2);
+  }
+
+  const char *at_, *end_;
   int64_t step_;
 };
 
@@ -103,13 +109,15 @@ void linear_block(const LinearTask& t, int64_t begin, int64_t count, int64_t fir
   const auto* weight = static_cast<const T*>(t.panels);
   const T* weight_end = weight + last * t.k * kColumns;
   const auto depth_at = [&](int64_t k) { return t.k - k < P::kDepth ? t.k - k : P::kDepth; };
-  const auto part_end = [&](const T* part, int64_t depth) {
-    return weight_end - part < depth * kColumns ? weight_end : part + depth * kColumns;
-  };
   const int64_t tiles = (count + kRows - 1) / kRows;
+  // with fewer tiles, bursts between them take no longer than the way itself
+  const bool fetches = W == 16 || tiles >= 4;
   const T* ahead = weight + first * t.k * kColumns;
+  const auto until = [&](int64_t depth) {
+    return !fetches ? ahead : weight_end - ahead < depth * kColumns ? weight_end : ahead + depth * kColumns;
+  };
   // what comes first has nothing to come beside but the layer norm
-  fetch_all(ahead, part_end(ahead, depth_at(0)));
+  Share(ahead, until(depth_at(0)), 1).take_all();
   int64_t apart;
   const auto* a = P::left_rows(t, begin, count, copied, &apart);
   for (int64_t panel = first; panel < last; ++panel) {
@@ -118,7 +126,7 @@ void linear_block(const LinearTask& t, int64_t begin, int64_t count, int64_t fir
     do {  // once where k is 0, for zeros
       const int64_t depth = depth_at(k);
       ahead = b + (k + depth) * kColumns;
-      Share next(ahead, part_end(ahead, depth), tiles * (depth / P::kStep));
+      Share next(ahead, until(depth), tiles * (depth / P::kStep));
       const auto* part = P::part(b + k * kColumns, depth, widened);
       for_each_tile(count, [&](int64_t i, int64_t rows) {
         if (k + depth == t.k) fetch_out<O>(t, begin + i, rows, panel * kColumns);

@@ -74,7 +74,9 @@ def _keep(blocks: Sequence[nn.Module], dtype: torch.dtype, arguments: Any) -> _K
             hooks += (module._forward_hooks, module._forward_pre_hooks)
             for held in (module._modules, module._parameters):
                 entries += ((held, name, value) for name, value in held.items())  # type: ignore[misc]
-            entries += ((state, name, state.get(name)) for name in ("forward", "eps", "num_heads", "scale"))
+            entries.append((state, "forward", state.get("forward")))
+            # of these, nobody reads what a module has none of
+            entries += ((state, name, state[name]) for name in ("eps", "num_heads", "scale") if name in state)
             for weight in module._parameters.values():
                 if weight is not None:
                     weights.append((weight, weight.data_ptr(), weight._version))

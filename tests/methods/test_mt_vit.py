@@ -215,6 +215,23 @@ TIES = [
 def test_ties_go_to_the_cheaper_tail(logits: tuple[float, ...], weight: float, tail: int, device: str) -> None:
     values = torch.tensor([logits, logits], device=device)
     assert choose_tail(values, (0.25, 0.5, 1.0), weight).tolist() == [tail] * 2
+    with torch.no_grad():  # a CPU then chooses in another way
+        assert choose_tail(values, (0.25, 0.5, 1.0), weight).tolist() == [tail] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_inference_chooses_as_training_does(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for weight in (-1.0, 0.0, 0.3, 1 / 3, 7.0):
+        logits = torch.randn(4096, 5, generator=generator).mul(4).round().div(4).to(dtype)  # with ties
+        logits[::64, 2] = torch.inf
+        logits[1::64, 3] = torch.nan
+        costs = (0.1, 0.3, 0.35, 0.7, 1.0)
+        with torch.no_grad():
+            chosen = choose_tail(logits, costs, weight)
+        assert_equal("tails", chosen, choose_tail(logits, costs, weight))
+    with torch.no_grad():
+        assert choose_tail(logits[:0], costs, 0.5).shape == (0,)
 
 
 def test_before_training_every_image_takes_the_cheapest_tail() -> None:

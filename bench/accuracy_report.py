@@ -30,42 +30,26 @@ def main() -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """One row a model; with several seeds the mean, and the least and the most in brackets."""
+    """One row a model, means over its trainings; accuracies with the least and the most in brackets."""
     first = runs[0]
     environment, options = first["environment"], first["options"]
     images = first["accuracy"][BASELINE]["images"]
-    seeds = ", ".join(str(run["accuracy"][BASELINE]["seed"]) for run in runs)
     lines = [
         f"{images} validation photographs of Imagenette, 112 px, 196 patches; {environment['cpu']},"
         f" {environment['threads']} threads, {options['dtype']}, batch {options['batch']}, {options['rounds']}"
-        f" interleaved rounds on {first['photos']['timed_images']} of the photographs, torch {environment['torch']};"
-        f" training seed {seeds}.",
+        f" interleaved rounds on {first['photos']['timed_images']} of the photographs, torch {environment['torch']}.",
         "",
-        "Top-1, chosen and at random, is of all photographs. MAC ratio, time, speed-up and realised fraction are of the"
+        "Top-1, chosen and at random, is of all photographs, over several trainings their mean, with the least and the"
+        " most in brackets. MAC ratio, time, speed-up and realised fraction are of the"
         f" {first['photos']['timed_images']} that were timed: where the image decides how many tokens live (A-ViT,"
         " MT-ViT), another sample has another MAC ratio. The cards in `checkpoints/` have it on 256 photographs.",
         "",
-        "| model | top-1, % | to dense | at random, % | MAC ratio | ms per image | speed-up | realised fraction |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | trainings | top-1, % | to dense | at random, % | above random | MAC ratio | ms per image"
+        " | speed-up | realised fraction |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    names = [row["name"] for row in first["models"]]
-    for name in names:
-        rows = [next(row for row in run["models"] if row["name"] == name) for run in runs]
-        dense = [next(row for row in run["models"] if row["name"] == BASELINE)["top1"] for run in runs]
-        top1 = [100 * row["top1"] for row in rows]
-        gaps = [100 * (row["top1"] - whole) for row, whole in zip(rows, dense)]
-        drawn = [100 * run["accuracy"][name]["random_top1"] for run in runs if name != BASELINE]
-        cells = (
-            TITLES[name],
-            _spread(top1, ".2f"),
-            "" if name == BASELINE else _spread(gaps, "+.2f"),
-            "" if name == BASELINE else _spread(drawn, ".2f"),
-            _spread([row["mac_ratio"] for row in rows], ".3f"),
-            _spread([row["ms_per_image"]["median"] for row in rows], ".2f"),
-            _spread([row["speed_up"] for row in rows], ".2f"),
-            _spread([row["realised_fraction"] for row in rows], ".2f"),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+    for name in [row["name"] for row in first["models"]]:
+        lines.append(f"| {' | '.join(_cells(name, trained(runs, name)))} |")
     more = [run["accuracy"]["vit_trained_on"] for run in runs if "vit_trained_on" in run["accuracy"]]
     if more:
         taught = " with a teacher" if more[0]["recipe"]["teacher"]["share"] > 0 else ""
@@ -84,9 +68,42 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def trained(runs: list[dict[str, Any]], name: str) -> list[tuple[dict[str, Any], dict[str, Any], float]]:
+    """Of each run with a training of its own: the model's row, its accuracies, the dense model's top-1.
+
+    Several runs hold the same dense model, each with times of its own; it was trained once.
+    """
+    found = []
+    for run in runs:
+        rows = {row["name"]: row for row in run["models"]}
+        if name in rows:
+            found.append((rows[name], run["accuracy"][name], rows[BASELINE]["top1"]))
+    return found
+
+
+def _cells(name: str, found: list[tuple[dict[str, Any], dict[str, Any], float]]) -> tuple[str, ...]:
+    adaptive = name != BASELINE
+    top1 = [100 * row["top1"] for row, _, _ in found]
+    drawn = [100 * accuracy["random_top1"] for _, accuracy, _ in found] if adaptive else []
+    return (
+        TITLES[name],
+        str(len({(accuracy["seed"], row["top1"]) for row, accuracy, _ in found})),
+        _spread(top1, ".2f"),
+        _spread([each - 100 * dense for each, (_, _, dense) in zip(top1, found)], "+.2f") if adaptive else "",
+        _spread(drawn, ".2f") if adaptive else "",
+        _spread([each - random for each, random in zip(top1, drawn)], "+.2f") if adaptive else "",
+        format(mean(row["mac_ratio"] for row, _, _ in found), ".3f"),
+        format(mean(row["ms_per_image"]["median"] for row, _, _ in found), ".2f"),
+        format(mean(row["speed_up"] for row, _, _ in found), ".2f"),
+        format(mean(row["realised_fraction"] for row, _, _ in found), ".2f"),
+    )
+
+
 def _spread(values: list[float], form: str) -> str:
-    text = format(mean(values), form)
-    return text if len(values) == 1 else f"{text} ({min(values):{form}} to {max(values):{form}})"
+    shown = format(mean(values), form)
+    if len({format(value, form) for value in values}) == 1:
+        return shown
+    return f"{shown} ({min(values):{form}} to {max(values):{form}})"
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
@@ -100,6 +117,8 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     for number, run in enumerate(runs):
         for row in run["models"]:
             name, time = row["name"], row["ms_per_image"]
+            if name == BASELINE and number > 0:  # the same weights
+                continue
             tint = COLOURS[name]
             label = TITLES[name] if number == 0 else None
             top1 = 100 * row["top1"]

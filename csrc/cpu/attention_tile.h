@@ -79,36 +79,54 @@ struct Logits {
 };
 
 #ifdef MTVIT_OPS_BF16_DOTS
-// Pairs of bfloat16 products, exact before they are added; heads wider than a sum may be long take the other way.
+// Pairs of bfloat16 products, exact before they are added.
 template <>
 struct Logits<BF16> {
   int64_t d, depth, columns, lds;
   float *k_panels, *queries, *logits;
   float scale;
 
-  void pack(const uint16_t* k, int64_t stride, int64_t nk) const {
-    if (num_pairs(d) > kMostPairs) return pack_keys<BF16>(k, stride, nk, d, k_panels);
-    pack_key_pairs(k, stride, nk, d, k_panels);
-  }
+  void pack(const uint16_t* k, int64_t stride, int64_t nk) const { pack_key_pairs(k, stride, nk, d, k_panels); }
 
   void multiply(const uint16_t* q, int64_t stride, int64_t rows) const {
     const int64_t pairs = num_pairs(d);
-    if (pairs > kMostPairs) return multiply_wide(q, stride, rows);
     for (int64_t i = 0; i < rows; ++i, q += stride) {
       for (int64_t c = 0; c < pairs; c += W) store(queries + i * depth + c, load_pairs(q + 2 * c, d - 2 * c));
     }
     multiply_pairs(rows, queries, depth, k_panels, pairs, logits, lds, columns, scale);
   }
+};
+#endif
 
- private:
-  void multiply_wide(const uint16_t* q, int64_t stride, int64_t rows) const {
-    for (int64_t i = 0; i < rows; ++i, q += stride) {
-      for (int64_t c = 0; c < d; c += W) {
-        const int64_t left = d - c < W ? d - c : W;
-        store(queries + i * depth + c, load_part<BF16>(q + c, left) * scale);
-      }
+// Values of a group of queries: unnormalised probabilities, which it may overwrite, times V.
+template <typename E>
+struct Mixed {
+  int64_t nk, dv, values, lds;
+  float *v_panels, *result;
+
+  void pack(const typename E::T* v, int64_t stride) const { pack_values<E>(v, stride, nk, dv, v_panels); }
+
+  void multiply(float* probabilities, int64_t rows) const {
+    mtvit_ops::multiply(rows, probabilities, lds, v_panels, nk, result, values, values);
+  }
+};
+
+#ifdef MTVIT_OPS_BF16_DOTS
+// Probabilities rounded to bfloat16, as V is; their sum is not.
+template <>
+struct Mixed<BF16> {
+  int64_t nk, dv, values, lds;
+  float *v_panels, *result;
+
+  void pack(const uint16_t* v, int64_t stride) const { pack_value_pairs(v, stride, nk, dv, v_panels); }
+
+  void multiply(float* probabilities, int64_t rows) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = probabilities + i * lds;
+      auto* rounded = reinterpret_cast<uint16_t*>(row);  // half as long: never ahead of what is still to be read
+      for (int64_t j = 0; j < nk; j += W) BF16::store(rounded + j, load(row + j));
     }
-    mtvit_ops::multiply(rows, queries, depth, k_panels, d, logits, lds, columns);
+    multiply_pairs(rows, probabilities, lds, v_panels, num_pairs(nk), result, values, values, 1.0f);
   }
 };
 #endif
@@ -145,7 +163,8 @@ void attention_blocks(const AttentionTask& t) {
 
   const Logits<E> product{d, depth, columns, lds, k_panels, queries, logits, t.scale * kLog2E};
   product.pack(static_cast<const T*>(t.k), t.k_stride, nk);
-  pack_values<E>(static_cast<const T*>(t.v), t.v_stride, nk, dv, v_panels);
+  const Mixed<E> mixed{nk, dv, values, lds, v_panels, result};
+  mixed.pack(static_cast<const T*>(t.v), t.v_stride);
   Vec tail;
   for (int i = 0; i < W; ++i) tail[i] = columns - W + i < nk ? 0.0f : -__builtin_inff();
   if (bias) {
@@ -175,7 +194,7 @@ void attention_blocks(const AttentionTask& t) {
         for (; j + 4 * W <= columns; j += 4 * W) add_columns<4>(rows, logits + j, lds, inverse, sums + j);
         for (; j < columns; j += W) add_columns<1>(rows, logits + j, lds, inverse, sums + j);
       }
-      multiply(rows, logits, lds, v_panels, nk, result, values, values);
+      mixed.multiply(logits, rows);
       for (int64_t i = 0; i < rows; ++i) {
         T* out = static_cast<T*>(t.out) + (row + i) * t.out_stride;
         const float* from = result + i * values;

@@ -8,7 +8,7 @@
 namespace mtvit_ops {
 namespace {
 
-constexpr int64_t kMostPairs = 128;  // of one of attention's sums; a longer one would need parts, as in gemm.h
+constexpr int64_t kMostPairs = 128;  // of one of attention's sums
 
 constexpr int64_t num_pairs(int64_t depth) {
   return (depth + 1) / 2;
@@ -17,7 +17,11 @@ constexpr int64_t num_pairs(int64_t depth) {
 // Up to W pairs of a row of n numbers, zeros behind them.
 MTVIT_INLINE Vec load_pairs(const uint16_t* p, int64_t n) {
   Vec pairs{};
-  __builtin_memcpy(&pairs, p, static_cast<size_t>(2 * (n < 2 * W ? n : 2 * W)));
+  if (n >= 2 * W) {
+    __builtin_memcpy(&pairs, p, sizeof pairs);
+  } else {
+    __builtin_memcpy(&pairs, p, static_cast<size_t>(2 * n));
+  }
   return pairs;
 }
 
@@ -58,6 +62,25 @@ inline void pack_key_pairs(const uint16_t* k, int64_t stride, int64_t nk, int64_
       transpose(block);
       for (int64_t i = 0; i < depth; ++i) store(to + (c + i) * width, block[i]);
     }
+  }
+}
+
+// v (nk, dv) to panels: (pairs of keys, panel width) each, zero past the last key and the last column.
+inline void pack_value_pairs(const uint16_t* v, int64_t stride, int64_t nk, int64_t dv, float* panels) {
+  const int64_t columns = round_up(dv, W), pairs = num_pairs(nk);
+  for (int64_t first = 0; first < columns; first += W) {
+    const int64_t panel = first / (2 * W) * (2 * W);
+    const int64_t width = panel + 2 * W <= columns ? 2 * W : W;
+    float* to = panels + panel * pairs + (first - panel);
+    const auto row = [&](int64_t key) {
+      if (key >= nk) return UVec{};
+      const uint16_t* from = v + key * stride + first;
+      if (dv - first >= W) return load_16(from);
+      uint16_t part[W] = {};
+      __builtin_memcpy(part, from, static_cast<size_t>(2 * (dv - first)));
+      return load_16(part);
+    };
+    for (int64_t i = 0; i < pairs; ++i) store(to + i * width, bits<Vec>(row(2 * i) | row(2 * i + 1) << 16));
   }
 }
 
@@ -102,21 +125,28 @@ MTVIT_INLINE void multiply_pair_rows(int64_t rows, const uint16_t* a, int64_t ld
 }
 
 // c (rows, columns) = scale * a (rows, pairs) times b (pairs, columns) in panels, a float of both being a pair; columns
-// is a multiple of W, pairs <= kMostPairs. A panel meets all rows while it is in the L1 cache.
+// is a multiple of W. Long sums are made of sums of kMostPairs, as in gemm.h. A part of a panel meets all rows while it
+// is in the L1 cache.
 inline void multiply_pairs(int64_t rows, const float* a, int64_t lda, const float* b, int64_t pairs, float* c,
                            int64_t ldc, int64_t columns, float scale) {
   const auto* left = reinterpret_cast<const uint16_t*>(a);
   for (int64_t j = 0; j < columns; j += 2 * W) {
-    const bool wide = j + 2 * W <= columns;
+    const int64_t width = j + 2 * W <= columns ? 2 * W : W;
     const auto* panel = reinterpret_cast<const uint16_t*>(b + j * pairs);
-    for_each_tile(rows, [&](int64_t i, int64_t count) {
-      const uint16_t* from = left + i * 2 * lda;
-      if (wide) {
-        multiply_pair_rows<2>(count, from, 2 * lda, panel, pairs, c + i * ldc + j, ldc, scale, false);
-      } else {
-        multiply_pair_rows<1>(count, from, 2 * lda, panel, pairs, c + i * ldc + j, ldc, scale, false);
-      }
-    });
+    int64_t k = 0;
+    do {
+      const int64_t part = pairs - k < kMostPairs ? pairs - k : kMostPairs;
+      for_each_tile(rows, [&](int64_t i, int64_t count) {
+        const uint16_t *from = left + 2 * (i * lda + k), *by = panel + 2 * k * width;
+        float* to = c + i * ldc + j;
+        if (width == 2 * W) {
+          multiply_pair_rows<2>(count, from, 2 * lda, by, part, to, ldc, scale, k > 0);
+        } else {
+          multiply_pair_rows<1>(count, from, 2 * lda, by, part, to, ldc, scale, k > 0);
+        }
+      });
+      k += part;
+    } while (k < pairs);
   }
 }
 

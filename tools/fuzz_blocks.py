@@ -53,9 +53,17 @@ def draw_layer(draw: Draw, inputs: int, outputs: int, panels: bool = False) -> L
             given = native.pack_panels(weight)
     if panels and draw.spoilt():
         given = draw.tensor(1, inputs, draw.random.choice((native.panel_columns(), 3)))
-        weight = given.transpose(1, 2).flatten(0, 1) if given.dim() == 3 else given  # it may fit
+        weight = unpacked(given) if given.dim() == 3 else given  # it may fit
     bias = draw.maybe(lambda: draw.tensor(outputs) * 0.2)
     return Layer(given, None if bias is None else opaque(draw, bias), weight)
+
+
+def unpacked(panels: Tensor) -> Tensor:
+    """The weight (N, K) whose panels these are."""
+    count, inputs, columns = panels.shape
+    if native.isa() == "avx512bf16" and panels.dtype is torch.bfloat16 and inputs % 2 == 0:  # lies in pairs
+        panels = panels.reshape(count, inputs // 2, columns, 2).transpose(2, 3).reshape(panels.shape)
+    return panels.transpose(1, 2).flatten(0, 1)
 
 
 def draw_norm(draw: Draw, width: int) -> Norm:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mtvit_ops
+from mtvit_ops import _cpu_linear
 from mtvit_ops.nn import Mlp, PackedLinear, pack_weights, unpack_weights
 from mtvit_ops.nn.linear import linear
 from mtvit_ops.testing import assert_close_to_float64
@@ -162,3 +163,24 @@ def test_a_layer_on_its_own_is_packed() -> None:
     assert pack_weights(layer).weight is layer.weight
     with pytest.raises(TypeError, match="model must be a module, got str"):
         pack_weights("layer")  # type: ignore[arg-type]
+
+
+# instruction set, matrix units, what oneDNN takes, what is ours
+SHARES = {
+    "no-vectors": ("portable", False, DTYPES[:1], []),
+    "avx2": ("avx2", False, DTYPES[:1], DTYPES),
+    "avx512": ("avx512", False, DTYPES[:2], DTYPES),
+    "pairs": ("avx512bf16", False, DTYPES[:2], DTYPES),
+    "matrix-units": ("avx512bf16", True, DTYPES[:2], [torch.float32, torch.float16]),
+    "matrix-units-for-both": ("avx512bf16", True, DTYPES, [torch.float32]),
+}
+
+
+@pytest.mark.skipif(not mtvit_ops.available_backends()["cpp"].available, reason="needs the native operators")
+@pytest.mark.parametrize("case", SHARES)
+def test_matrix_units_stay_onednn_s(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    level, matrix_units, onednn, ours = SHARES[case]
+    monkeypatch.setattr(torch.ops.mtvit_ops_cpp, "isa", lambda: level)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    monkeypatch.setattr(_cpu_linear, "onednn_dtypes", lambda: tuple(onednn))
+    assert _cpu_linear.panel_dtypes.__wrapped__() == tuple(ours)

@@ -110,7 +110,7 @@ void linear_block(const LinearTask& t, int64_t begin, int64_t count, int64_t fir
   const T* weight_end = weight + last * t.k * kColumns;
   const auto depth_at = [&](int64_t k) { return t.k - k < P::kDepth ? t.k - k : P::kDepth; };
   const int64_t tiles = (count + kRows - 1) / kRows;
-  // with fewer tiles, bursts between them take no longer than the way itself
+  // between fewer tiles there is no time for bursts
   const bool fetches = W == 16 || tiles >= 4;
   const T* ahead = weight + first * t.k * kColumns;
   const auto until = [&](int64_t depth) {

@@ -53,7 +53,10 @@ def test_from_layer_to_stage_with_answers_and_the_same_bits_after_a_stop(
     assert isinstance(model, LeViT)
     assert model.method.config.mode == "stage"
     assert model.method.config.keep_ratios == tuple(LEVIT["keep_ratios"])
-    assert evaluate(tmp_path / "whole" / "last.safetensors", data, workers=0, device="cpu") == found.score
+    again = evaluate(
+        tmp_path / "whole" / "last.safetensors", data, batch_size=recipe.run.eval_batch, workers=0, device="cpu"
+    )
+    assert again == found.score  # of the same batches: sums in another order end in other bits
     with pytest.raises(ValueError, match=r"must be of a flat ViT here, got evolevit_128s_224"):
         load_vit(tmp_path / "whole" / "last.safetensors")
 

@@ -66,7 +66,7 @@ def main() -> int:
     print_report(result)
     torch.set_num_threads(options.threads)
     report = to_json(result)
-    report["options"]["photos"] = ["val"]
+    report["options"] |= {"photos": ["val"], "trained": options.trained.name}  # no paths of a machine
     report["accuracy"] = accuracies(options, result)
     text = json.dumps(report, indent=1).encode()
     write_atomically(options.out, lambda file: file.write(text))

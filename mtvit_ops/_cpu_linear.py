@@ -29,12 +29,11 @@ def panel_dtypes() -> tuple[torch.dtype, ...]:
 
     At many tokens it is as fast as oneDNN's, within a few percent, and at few tokens faster; layer norm and residual go
     along (``bench/results/cpu/cpu.md``). Without bfloat16 instructions PyTorch has no fast kernel for 16-bit weights.
-    Matrix units (AMX), which ours does not use, stay oneDNN's.
+    16-bit products by matrix units (AMX), which ours does not use, stay oneDNN's.
     """
     if not _extension.has_extension():
         return ()
-    level = torch.ops.mtvit_ops_cpp.isa()
-    if level != "avx2" and not level.startswith("avx512"):
+    if torch.ops.mtvit_ops_cpp.isa() == "portable":
         return ()
     by_matrix_units = onednn_dtypes() if torch.cpu._is_amx_tile_supported() else ()
     every = (torch.float32, torch.bfloat16, torch.float16)

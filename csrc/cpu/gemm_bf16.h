@@ -25,23 +25,25 @@ MTVIT_INLINE Vec load_pairs(const uint16_t* p, int64_t n) {
   return pairs;
 }
 
-// weight (n, k), rows `stride` apart, k even, to panels [begin, end) of 2 W of its rows each: (k / 2, 2 W, 2), zeros
-// past the last row.
-inline void pack_weight_pairs(const uint16_t* weight, int64_t stride, int64_t n, int64_t k, uint16_t* panels,
+// The first `rows` of W rows of d numbers become columns of pairs, zeros behind them: `to` (pairs, W), `width` apart.
+inline void turn_pairs(const uint16_t* from, int64_t stride, int64_t rows, int64_t d, float* to, int64_t width) {
+  const int64_t pairs = num_pairs(d);
+  for (int64_t c = 0; c < pairs; c += W) {
+    const int64_t depth = pairs - c < W ? pairs - c : W;
+    Vec block[W];
+    for (int64_t i = 0; i < W; ++i) block[i] = i < rows ? load_pairs(from + i * stride + 2 * c, d - 2 * c) : Vec{};
+    transpose(block);
+    for (int64_t i = 0; i < depth; ++i) store(to + (c + i) * width, block[i]);
+  }
+}
+
+// weight (n, k), rows `stride` apart, k even, to panels [begin, end) of 2 W of its rows each: (pairs, 2 W), zeros past
+// the last row; a float here is a pair.
+inline void pack_weight_pairs(const uint16_t* weight, int64_t stride, int64_t n, int64_t k, float* panels,
                               int64_t begin, int64_t end) {
-  const int64_t pairs = k / 2;
   for (int64_t half = 2 * begin; half < 2 * end; ++half) {
-    uint16_t* to = panels + half / 2 * k * 2 * W + half % 2 * 2 * W;
-    const int64_t first = half * W, rows = n - first < W ? n - first : W;
-    for (int64_t c = 0; c < pairs; c += W) {
-      const int64_t depth = pairs - c < W ? pairs - c : W;
-      Vec block[W];
-      for (int64_t i = 0; i < W; ++i) {
-        block[i] = i < rows ? load_pairs(weight + (first + i) * stride + 2 * c, k - 2 * c) : Vec{};
-      }
-      transpose(block);
-      for (int64_t i = 0; i < depth; ++i) __builtin_memcpy(to + (c + i) * 4 * W, &block[i], sizeof block[i]);
-    }
+    const int64_t first = half * W;
+    turn_pairs(weight + first * stride, stride, n - first, k, panels + half / 2 * k * W + half % 2 * W, 2 * W);
   }
 }
 
@@ -51,17 +53,7 @@ inline void pack_key_pairs(const uint16_t* k, int64_t stride, int64_t nk, int64_
   for (int64_t first = 0; first < columns; first += W) {
     const int64_t panel = first / (2 * W) * (2 * W);
     const int64_t width = panel + 2 * W <= columns ? 2 * W : W;
-    float* to = panels + panel * pairs + (first - panel);
-    const int64_t keys = nk - first < W ? nk - first : W;
-    for (int64_t c = 0; c < pairs; c += W) {
-      const int64_t depth = pairs - c < W ? pairs - c : W;
-      Vec block[W];
-      for (int64_t i = 0; i < W; ++i) {
-        block[i] = i < keys ? load_pairs(k + (first + i) * stride + 2 * c, d - 2 * c) : Vec{};
-      }
-      transpose(block);
-      for (int64_t i = 0; i < depth; ++i) store(to + (c + i) * width, block[i]);
-    }
+    turn_pairs(k + first * stride, stride, nk - first, d, panels + panel * pairs + (first - panel), width);
   }
 }
 

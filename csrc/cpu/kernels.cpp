@@ -43,7 +43,7 @@ void pack_weight(Dtype dtype, const void* weight, int64_t stride, int64_t n, int
                  int64_t end) {
 #ifdef MTVIT_OPS_BF16_DOTS
   if (dtype == Dtype::bf16 && k % 2 == 0) {
-    return pack_weight_pairs(static_cast<const uint16_t*>(weight), stride, n, k, static_cast<uint16_t*>(panels), begin,
+    return pack_weight_pairs(static_cast<const uint16_t*>(weight), stride, n, k, static_cast<float*>(panels), begin,
                              end);
   }
 #endif

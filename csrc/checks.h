@@ -57,17 +57,17 @@ inline bool is_float(ScalarType type) {
 }
 
 inline Dtype check_dtype(const char* name, const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  if (type == ScalarType::Float) return Dtype::f32;
-  if (type == ScalarType::BFloat16) return Dtype::bf16;
-  MTVIT_CHECK(type == ScalarType::Half, name, " must be float32, bfloat16 or float16");
+  const int32_t code = dtype_code(t);
+  if (code == aoti_torch_dtype_float32()) return Dtype::f32;
+  if (code == aoti_torch_dtype_bfloat16()) return Dtype::bf16;
+  MTVIT_CHECK(code == aoti_torch_dtype_float16(), name, " must be float32, bfloat16 or float16");
   return Dtype::f16;
 }
 
 // A contiguous int32 vector: cu_seqlens, rows, keep_counts.
 inline Tensor int32_vector(const char* name, const Tensor& t) {
   check_dim(name, t, 1, "(N,)");
-  MTVIT_CHECK(t.scalar_type() == ScalarType::Int, name, " must be int32");
+  MTVIT_CHECK(is_int32(t), name, " must be int32");
   return as_contiguous(t);
 }
 
@@ -123,7 +123,7 @@ inline bool check_scale(const Tensor& scale, int64_t columns, int64_t rows) {
 // A float32 copy of a small tensor where it is not float32 and contiguous already.
 inline Tensor as_float32(const char* name, const Tensor& t) {
   MTVIT_CHECK(t.is_cpu() && is_float(t.scalar_type()), name, " must be a floating-point CPU tensor");
-  return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+  return as_contiguous(is_float32(t) ? t : torch::stable::to(t, ScalarType::Float));
 }
 
 // Rows that make a thread's least share: some 32 thousand numbers, a few microseconds.

@@ -32,12 +32,29 @@ Tensor empty(const std::array<int64_t, N>& sizes, int32_t dtype) {
   return Tensor(out);
 }
 
+// PyTorch's number for a dtype; Tensor::scalar_type looks it up in a list of them all.
+inline int32_t dtype_code(const Tensor& t) {
+  int32_t code = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  return code;
+}
+
+inline bool same_dtype(const Tensor& a, const Tensor& b) {
+  return dtype_code(a) == dtype_code(b);
+}
+
+inline bool is_float32(const Tensor& t) {
+  return dtype_code(t) == aoti_torch_dtype_float32();
+}
+
+inline bool is_int32(const Tensor& t) {
+  return dtype_code(t) == aoti_torch_dtype_int32();
+}
+
 // Uninitialised CPU tensors of `like`'s dtype, float32 and int32.
 template <size_t N>
 Tensor empty_as(const Tensor& like, const std::array<int64_t, N>& sizes) {
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty(sizes, dtype);
+  return empty(sizes, dtype_code(like));
 }
 
 template <size_t N>

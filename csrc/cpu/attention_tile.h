@@ -184,6 +184,7 @@ void attention_blocks(const AttentionTask& t) {
         float top;
         const float total = softmax_row(logits + i * lds, columns, bias, tail, &top);
         inverse[i] = total == 0.0f ? 0.0f : 1.0f / total;
+        if (t.lse == nullptr) continue;
         t.lse[row + i] = total == 0.0f ? -__builtin_inff() : float(double(top) * kLn2 + double(__builtin_logf(total)));
       }
       if (t.class_row && row == 0) {

@@ -1,14 +1,14 @@
-// Several blocks on the CPU, in place, in one call: half_block.cpp's block_ one after the other, and A-ViT's halting
+// Several blocks on the CPU, in place, in one call: those of block.h one after the other, and A-ViT's halting
 // step behind each. What Python does between two blocks is little, but it does it on caches that a block has filled
 // with weights.
 //   x (R, D), rows (T,) or none (T = R), cu_seqlens (B + 1,); weights: twelve tensors a block, see kParts
 #include <array>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
-#include "../checks.h"
-#include "ops.h"
+#include "block.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -17,36 +17,62 @@ namespace {
 
 constexpr size_t kParts = 12;  // weight and bias of norm1, qkv, proj, norm2, fc1, fc2
 
-struct Blocks {
-  const std::vector<Tensor>& weights;
-  double eps, scale;
-  int64_t heads;
-  bool panels;
-
-  size_t count() const { return weights.size() / kParts; }
-
-  // Refuses whatever a block would refuse but for its tokens: before the first one writes.
-  void check(const Tensor& x, const std::optional<Tensor>& rows) const {
+// Blocks of one kind; refuses whatever one of them would refuse but for its tokens, before the first one writes.
+class Blocks {
+ public:
+  Blocks(const Tensor& x, const std::optional<Tensor>& rows, const std::vector<Tensor>& weights, double eps,
+         int64_t heads, double scale, bool panels)
+      : weights_(weights), eps_(eps), heads_(heads), scale_(scale) {
     MTVIT_CHECK(weights.size() % kParts == 0, "weights must be ", kParts, " a block, got ", weights.size());
+    check_dim("x", x, 2, "(R, D)");
+    if (rows) check_dim("rows", *rows, 1, "(T,)");
+    const int64_t tokens = rows ? rows->size(0) : x.size(0);
     for (size_t i = 0; i < count(); ++i) {
-      const Tensor* w = &weights[i * kParts];
-      check_block(x, rows, w[0], w[1], w[2], w[3], heads, w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], panels);
+      check_attention_half(x, tokens, attention(i), 0, panels);
+      check_feed_forward_half(x, tokens, feed_forward(i), panels);
+    }
+    if (!panels) return;
+    panels_.reserve(count());
+    for (size_t i = 0; i < count(); ++i) panels_.emplace_back(attention(i), feed_forward(i));
+  }
+
+  size_t count() const { return weights_.size() / kParts; }
+
+  void run(size_t i, const Tensor& x, const std::optional<Tensor>& rows, const Stream& stream,
+           const Offsets& offsets) const {
+    if (!panels_.empty()) {
+      panels_[i].first.run(stream, offsets);
+      panels_[i].second.run(stream);
+    } else {
+      onednn_attention_half(x, rows, offsets, attention(i), 0, nullptr);
+      onednn_feed_forward_half(x, rows, feed_forward(i));
     }
   }
 
-  void run(size_t i, const Tensor& x, const std::optional<Tensor>& rows, const Tensor& cu_seqlens,
-           int64_t max_seqlen) const {
-    const Tensor* w = &weights[i * kParts];
-    block_(x, rows, cu_seqlens, max_seqlen, w[0], w[1], eps, w[2], w[3], heads, scale, 0, w[4], w[5], w[6], w[7], eps,
-           w[8], w[9], w[10], w[11], panels);
+ private:
+  AttentionWeights attention(size_t i) const {
+    const Tensor* w = &weights_[i * kParts];
+    return {{w[0], w[1], eps_}, {w[2], &w[3]}, heads_, scale_, {w[4], &w[5]}};
   }
+
+  FeedForwardWeights feed_forward(size_t i) const {
+    const Tensor* w = &weights_[i * kParts];
+    return {{w[6], w[7], eps_}, {w[8], &w[9]}, {w[10], &w[11]}};
+  }
+
+  const std::vector<Tensor>& weights_;
+  const double eps_;
+  const int64_t heads_;
+  const double scale_;
+  std::vector<std::pair<PanelAttention, PanelFeedForward>> panels_;
 };
 
 void blocks_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
              const std::vector<Tensor>& weights, double eps, int64_t heads, double scale, bool panels) {
-  const Blocks blocks{weights, eps, scale, heads, panels};
-  blocks.check(x, rows);
-  for (size_t i = 0; i < blocks.count(); ++i) blocks.run(i, x, rows, cu_seqlens, max_seqlen);
+  const Blocks blocks(x, rows, weights, eps, heads, scale, panels);
+  const Stream stream(x, rows);
+  const Offsets offsets(cu_seqlens, max_seqlen, stream.tokens);
+  for (size_t i = 0; i < blocks.count(); ++i) blocks.run(i, x, rows, stream, offsets);
 }
 
 // The first `count` entries of a contiguous list, seen as a list.
@@ -63,17 +89,17 @@ Halted halting_blocks_(Tensor x, const Tensor& cu_seqlens, int64_t max_seqlen, c
                        double eps, int64_t heads, double scale, bool panels, const Tensor& readout_rows,
                        const Tensor& cumulative, const Tensor& remainder, const Tensor& ponder, const Tensor& counters,
                        const Tensor& output, double gate_scale, double gate_center, double halt_eps) {
-  const Blocks blocks{weights, eps, scale, heads, panels};
-  blocks.check(x, std::nullopt);
+  const Blocks blocks(x, std::nullopt, weights, eps, heads, scale, panels);
   check_halting(x, readout_rows, cumulative, remainder, ponder, counters, output);
   MTVIT_CHECK(blocks.count() > 0, "weights must be those of at least one block");
   Halted step{cumulative, remainder, ponder, counters, output, cumulative, readout_rows, cu_seqlens};
   std::optional<Tensor> rows;
   for (size_t i = 0; i < blocks.count(); ++i) {
-    const Tensor offsets = std::get<7>(step);
-    blocks.run(i, x, rows, offsets, max_seqlen);
+    const Stream stream(x, rows);
+    const Offsets offsets(std::get<7>(step), max_seqlen, stream.tokens);
+    blocks.run(i, x, rows, stream, offsets);
     step =
-        halting_step(x, rows, offsets, readout_rows, std::get<0>(step), std::get<1>(step), std::get<2>(step),
+        halting_step(x, rows, offsets.kept, readout_rows, std::get<0>(step), std::get<1>(step), std::get<2>(step),
                      std::get<3>(step), std::get<4>(step), gate_scale, gate_center, halt_eps, i + 1 == blocks.count());
     const Tensor& cu = std::get<7>(step);
     const auto* ends = data<int32_t>(cu);

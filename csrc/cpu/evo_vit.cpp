@@ -15,7 +15,7 @@ Tensor evolve_scores(const Tensor& received, const Tensor& score, std::optional<
   check_dim("received", received, 2, "(T, H)");
   check_dim("score", score, 1, "(R,)");
   for (const Tensor& t : {received, score}) {
-    MTVIT_CHECK(t.scalar_type() == ScalarType::Float, "received and score must be float32");
+    MTVIT_CHECK(is_float32(t), "received and score must be float32");
   }
   const Tensor given = as_contiguous(received);
   const int64_t tokens = given.size(0), heads = given.size(1), num_rows = score.size(0);

@@ -4,101 +4,92 @@
 //   attention_half_:    x[rows] += proj(attention(qkv(layer_norm(x[rows]))))
 //   feed_forward_half_: x[rows] += fc2(gelu(fc1(layer_norm(x[rows]))))
 //   block_:             one after the other
-// Nine operators dispatched from Python are serial time that a removed token does not shorten. Each step here is the
-// operator itself with its checks. T may be 0. `panels` says whose linear layers these are: PyTorch's oneDNN kernel,
-// whose weights mkldnn::_reorder_linear_weight packs, or ours, whose weights pack_panels packs and which take the layer
-// norm and the residual along.
+// Nine operators dispatched from Python are serial time that a removed token does not shorten. All checks come before
+// the first write. T may be 0. `panels` says whose linear layers these are: PyTorch's oneDNN kernel, or ours, whose
+// weights pack_panels packs.
 #include <optional>
-#include <tuple>
 
-#include "../checks.h"
-#include "ops.h"
+#include "block.h"
 
 #include <torch/csrc/stable/library.h>
 
 namespace mtvit_ops {
 namespace {
 
-// linear(layer_norm(x[rows]))
-Tensor read(bool panels, const Tensor& x, const std::optional<Tensor>& rows, const Tensor& norm_weight,
-            const Tensor& norm_bias, double eps, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu,
-            Place place) {
-  if (panels) return panel_linear_of_norm(x, rows, norm_weight, norm_bias, eps, weight, bias, gelu, place);
-  return onednn_linear(layer_norm_rows(x, rows, norm_weight, norm_bias, eps), weight, bias, gelu);
+const Tensor* pointer(const std::optional<Tensor>& bias) {
+  return bias ? &*bias : nullptr;
 }
 
-// x[rows] += linear(a)
-void write(bool panels, Tensor x, const std::optional<Tensor>& rows, const Tensor& a, const Tensor& weight,
-           const std::optional<Tensor>& bias) {
-  if (panels) return panel_linear_residual_(x, rows, a, weight, bias);
-  scatter_residual_(x, rows, onednn_linear(a, weight, bias), std::nullopt);
+int64_t check_rows_of(const Tensor& x, const std::optional<Tensor>& rows) {
+  check_dim("x", x, 2, "(R, D)");
+  if (rows) check_dim("rows", *rows, 1, "(T,)");
+  return rows ? rows->size(0) : x.size(0);
+}
+
+// Each half where there are weights of it; returns the scores.
+Tensor run(const Tensor& x, const std::optional<Tensor>& rows, const Offsets* offsets,
+           const std::optional<AttentionWeights>& attention, int64_t scores,
+           const std::optional<FeedForwardWeights>& feed_forward, bool panels) {
+  Tensor received;
+  const Stream stream(x, rows);
+  if (attention) received = empty_float32(std::array{scores ? stream.tokens : 0, attention->heads});
+  auto* numbers = attention && scores ? mutable_data<float>(received) : nullptr;
+  if (panels) {
+    if (attention) PanelAttention(*attention).run(stream, *offsets, scores, numbers);
+    if (feed_forward) PanelFeedForward(*feed_forward).run(stream);
+  } else {
+    if (attention) onednn_attention_half(x, rows, *offsets, *attention, scores, numbers);
+    if (feed_forward) onednn_feed_forward_half(x, rows, *feed_forward);
+  }
+  return received;
 }
 
 Tensor attention_half_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
                        const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& qkv_weight,
                        std::optional<Tensor> qkv_bias, int64_t heads, double scale, int64_t scores,
                        const Tensor& proj_weight, std::optional<Tensor> proj_bias, bool panels) {
-  const Tensor qkv = read(panels, x, rows, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, false, Place::qkv);
-  const auto [out, lse, received] = packed_attention(qkv, heads, cu_seqlens, max_seqlen, scale, scores);
-  const Tensor flat = as_matrix(out, out.size(1) * out.size(2));
-  write(panels, x, rows, flat, proj_weight, proj_bias);
-  return received;
+  const int64_t tokens = check_rows_of(x, rows);
+  const AttentionWeights weights{{norm_weight, norm_bias, eps},
+                                 {qkv_weight, pointer(qkv_bias)},
+                                 heads,
+                                 scale,
+                                 {proj_weight, pointer(proj_bias)}};
+  check_attention_half(x, tokens, weights, scores, panels);
+  const Offsets offsets(cu_seqlens, max_seqlen, tokens);
+  return run(x, rows, &offsets, weights, scores, std::nullopt, panels);
 }
 
 void feed_forward_half_(Tensor x, std::optional<Tensor> rows, const Tensor& norm_weight, const Tensor& norm_bias,
                         double eps, const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
                         std::optional<Tensor> fc2_bias, bool panels) {
-  const Tensor hidden = read(panels, x, rows, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, true, Place::hidden);
-  write(panels, x, rows, hidden, fc2_weight, fc2_bias);
+  const int64_t tokens = check_rows_of(x, rows);
+  const FeedForwardWeights weights{
+      {norm_weight, norm_bias, eps}, {fc1_weight, pointer(fc1_bias)}, {fc2_weight, pointer(fc2_bias)}};
+  check_feed_forward_half(x, tokens, weights, panels);
+  run(x, rows, nullptr, std::nullopt, 0, weights, panels);
 }
 
-// The same of weight and bias of a linear layer behind `features` numbers; returns out_features.
-int64_t check_layer(bool panels, int64_t tokens, int64_t features, ScalarType dtype, const Tensor& weight,
-                    const std::optional<Tensor>& bias) {
-  if (panels) return check_panels(features, dtype, weight, bias);
-  check_linear(tokens, features, dtype, weight, bias);
-  return weight.size(0);
-}
-
-}  // namespace
-
-void check_block(const Tensor& x, const std::optional<Tensor>& rows, const Tensor& norm1_weight,
-                 const Tensor& norm1_bias, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias,
-                 int64_t heads, const Tensor& proj_weight, const std::optional<Tensor>& proj_bias,
-                 const Tensor& norm2_weight, const Tensor& norm2_bias, const Tensor& fc1_weight,
-                 const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias,
-                 bool panels) {
-  check_dim("x", x, 2, "(R, D)");
-  if (rows) check_dim("rows", *rows, 1, "(T,)");
-  const int64_t tokens = rows ? rows->size(0) : x.size(0), d = x.size(1);
-  const ScalarType dtype = x.scalar_type();
-  check_layer_norm(x, norm1_weight, norm1_bias);
-  const int64_t width = check_layer(panels, tokens, d, dtype, qkv_weight, qkv_bias);
-  MTVIT_CHECK(heads > 0 && width % 3 == 0 && width / 3 % heads == 0, "the first weight must have shape (3 * ", heads,
-              " * d, ", d, "), got ", width, " rows");
-  MTVIT_CHECK(check_layer(panels, tokens, width / 3, dtype, proj_weight, proj_bias) == d,
-              "the attention's last weight must have shape (", d, ", ", width / 3, "), got ", shape_of(proj_weight));
-  check_layer_norm(x, norm2_weight, norm2_bias);
-  const int64_t hidden = check_layer(panels, tokens, d, dtype, fc1_weight, fc1_bias);
-  MTVIT_CHECK(check_layer(panels, tokens, hidden, dtype, fc2_weight, fc2_bias) == d,
-              "the last weight must have shape (", d, ", ", hidden, "), got ", shape_of(fc2_weight));
-}
-
-// Refuses before it writes.
 Tensor block_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
               const Tensor& norm1_weight, const Tensor& norm1_bias, double norm1_eps, const Tensor& qkv_weight,
               std::optional<Tensor> qkv_bias, int64_t heads, double scale, int64_t scores, const Tensor& proj_weight,
               std::optional<Tensor> proj_bias, const Tensor& norm2_weight, const Tensor& norm2_bias, double norm2_eps,
               const Tensor& fc1_weight, std::optional<Tensor> fc1_bias, const Tensor& fc2_weight,
               std::optional<Tensor> fc2_bias, bool panels) {
-  check_block(x, rows, norm1_weight, norm1_bias, qkv_weight, qkv_bias, heads, proj_weight, proj_bias, norm2_weight,
-              norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, panels);
-  const Tensor received = attention_half_(x, rows, cu_seqlens, max_seqlen, norm1_weight, norm1_bias, norm1_eps,
-                                          qkv_weight, qkv_bias, heads, scale, scores, proj_weight, proj_bias, panels);
-  feed_forward_half_(x, rows, norm2_weight, norm2_bias, norm2_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, panels);
-  return received;
+  const int64_t tokens = check_rows_of(x, rows);
+  const AttentionWeights attention{{norm1_weight, norm1_bias, norm1_eps},
+                                   {qkv_weight, pointer(qkv_bias)},
+                                   heads,
+                                   scale,
+                                   {proj_weight, pointer(proj_bias)}};
+  const FeedForwardWeights feed_forward{
+      {norm2_weight, norm2_bias, norm2_eps}, {fc1_weight, pointer(fc1_bias)}, {fc2_weight, pointer(fc2_bias)}};
+  check_attention_half(x, tokens, attention, scores, panels);
+  check_feed_forward_half(x, tokens, feed_forward, panels);
+  const Offsets offsets(cu_seqlens, max_seqlen, tokens);
+  return run(x, rows, &offsets, attention, scores, feed_forward, panels);
 }
 
+}  // namespace
 }  // namespace mtvit_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {

@@ -25,9 +25,9 @@ struct Gate {
   bool last;
 };
 
-void check_state(const char* name, const Tensor& t, int64_t length, ScalarType type) {
+void check_state(const char* name, const Tensor& t, int64_t length, bool counts = false) {
   check_length(name, t, length);
-  MTVIT_CHECK(t.scalar_type() == type, name, " must be ", type == ScalarType::Int ? "int32" : "float32");
+  MTVIT_CHECK(counts ? is_int32(t) : is_float32(t), name, " must be ", counts ? "int32" : "float32");
 }
 
 struct State {
@@ -87,12 +87,12 @@ void check_halting(const Tensor& x, const Tensor& readout_rows, const Tensor& cu
   const Tensor readout = int32_vector("readout_rows", readout_rows);
   const int64_t num_readout = readout.size(0);
   check_rows(data<int32_t>(readout), num_readout, num_rows, "readout_rows", 0);
-  check_state("cumulative", cumulative, num_rows, ScalarType::Float);
-  check_state("remainder", remainder, num_rows, ScalarType::Float);
-  check_state("ponder", ponder, num_rows, ScalarType::Float);
-  check_state("counters", counters, num_rows, ScalarType::Int);
+  check_state("cumulative", cumulative, num_rows);
+  check_state("remainder", remainder, num_rows);
+  check_state("ponder", ponder, num_rows);
+  check_state("counters", counters, num_rows, true);
   check_dim("output", output, 2, "(P, D)");
-  MTVIT_CHECK(output.size(0) == num_readout && output.size(1) == d && output.scalar_type() == ScalarType::Float,
+  MTVIT_CHECK(output.size(0) == num_readout && output.size(1) == d && is_float32(output),
               "output must be float32 of shape (", num_readout, ", ", d, "), got ", shape_of(output));
 }
 

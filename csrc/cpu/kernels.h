@@ -2,6 +2,7 @@
 // Nothing from the standard library here or in what kernels.cpp includes: an inline function compiled for AVX-512
 // could otherwise be the copy that the linker keeps for everyone.
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 
 namespace mtvit_ops {
@@ -20,6 +21,10 @@ namespace mtvit_ops {
 #endif
 
 enum class Dtype : int { f32, bf16, f16 };
+
+constexpr size_t element_size(Dtype dtype) {
+  return dtype == Dtype::f32 ? 4 : 2;
+}
 
 inline constexpr int64_t kMaxWidth = 16;             // floats in the widest vector
 inline constexpr int64_t kMaxRows = 12;              // query rows of the tallest tile
@@ -41,7 +46,7 @@ struct AttentionTask {
   Dtype dtype;
   const void *q, *k, *v;  // first token of the image in this head: (nq, d), (nk, d), (nk, dv)
   void* out;              // (nq, dv)
-  float* lse;             // (nq,)
+  float* lse;             // (nq,) or null
   const float* bias;      // (nk,) or null
   float* class_row;       // (nk,): probabilities of the first query, or null
   float* block_sums;      // (blocks, round_up(nk, kMaxWidth)): column sums of each block's probabilities, or null

@@ -53,21 +53,26 @@ inline float* thread_scratch(int64_t floats, Buffer& large) {
   return kept.of(floats);
 }
 
-// What a block computes on its way. One at a time in each place: the next tensor of this thread overwrites it.
-enum class Place : size_t { qkv, attended, hidden };
+// What a block computes on its way. One at a time in each place: the next user of this thread overwrites it.
+enum class Place : size_t { qkv, attended, hidden, vectors };
 
+// `large`: where there is more than a thread keeps.
+inline void* kept_memory(Place place, int64_t bytes, Buffer& large) {
+  const int64_t floats = (bytes + 3) / 4;
+  if (floats > Kept::kMost) {
+    large = allocate(floats);
+    return large.get();
+  }
+  thread_local std::array<Kept, 4> places;
+  return places[static_cast<size_t>(place)].of(floats);
+}
+
+// A CPU tensor whose memory the caller holds.
 template <size_t N>
-Tensor kept_as(Place place, const Tensor& like, const std::array<int64_t, N>& sizes) {
-  int64_t bytes = static_cast<int64_t>(like.element_size());
-  for (const int64_t size : sizes) bytes *= size;
-  if (bytes > Kept::kMost * 4) return empty_as(like, sizes);
-  thread_local std::array<Kept, 3> places;
+Tensor tensor_of(void* memory, const Tensor& like, const std::array<int64_t, N>& sizes) {
   const auto strides = contiguous_strides(sizes);
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle out = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(places[static_cast<size_t>(place)].of((bytes + 3) / 4), N,
-                                                            sizes.data(), strides.data(), 0, dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(memory, N, sizes.data(), strides.data(), 0, dtype_code(like),
                                                             aoti_torch_device_type_cpu(), 0, &out));
   return Tensor(out);
 }
@@ -81,7 +86,7 @@ class Floats {
   Floats(const char* name, const Tensor& given) {
     if (!given.is_contiguous()) packed_ = as_contiguous(given);
     const Tensor& t = packed_ ? *packed_ : given;
-    if (t.scalar_type() == ScalarType::Float) {
+    if (is_float32(t)) {
       begin_ = mtvit_ops::data<float>(t);
       return;
     }

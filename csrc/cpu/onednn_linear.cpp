@@ -44,14 +44,14 @@ const std::string& onednn_linear_missing() {
   return find().missing;
 }
 
-void check_linear(int64_t tokens, int64_t features, ScalarType dtype, const Tensor& weight,
+void check_linear(int64_t tokens, int64_t features, const Tensor& like, const Tensor& weight,
                   const std::optional<Tensor>& bias) {
   MTVIT_CHECK(weight.dim() == 2 && weight.size(1) == features, "weight must have shape (out_features, ", features,
               "), got ", shape_of(weight));
-  MTVIT_CHECK(weight.scalar_type() == dtype, "weight must have x's dtype");
+  MTVIT_CHECK(same_dtype(weight, like), "weight must have x's dtype");
   if (bias) {
     check_length("bias", *bias, weight.size(0));
-    MTVIT_CHECK(bias->scalar_type() == dtype, "bias must have x's dtype");
+    MTVIT_CHECK(same_dtype(*bias, like), "bias must have x's dtype");
   }
   MTVIT_CHECK(features > 0 || tokens == 0 || weight.size(0) == 0, "x must have at least one feature, got (", tokens,
               ", ", features, ")");
@@ -61,7 +61,7 @@ Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<
   const Found& found = find();
   MTVIT_CHECK(found.function != nullptr, found.missing);
   check_dim("x", x, 2, "(T, in_features)");
-  check_linear(x.size(0), x.size(1), x.scalar_type(), weight, bias);
+  check_linear(x.size(0), x.size(1), x, weight, bias);
   // PyTorch's kernel asks for at least one of everything
   if (x.size(0) == 0 || weight.size(0) == 0) return empty_as(x, std::array{x.size(0), weight.size(0)});
   Handle bias_handle = bias ? bias->get() : nullptr;

@@ -90,7 +90,7 @@ Tail tail_of(size_t index, const Tensor& images, const Tensor& prefix, const Ten
   check_length("biases", bias, prefix.size(1));
   check_dim("pos_embeds", table, 2, "(P + patches, D)");
   for (const Tensor& each : {weight, bias, table}) {
-    MTVIT_CHECK(each.scalar_type() == images.scalar_type(), "weights, biases and pos_embeds must have images' dtype");
+    MTVIT_CHECK(same_dtype(each, images), "weights, biases and pos_embeds must have images' dtype");
   }
   // a padding that is no part of an image cannot overflow: it is bounded by what a table can hold
   MTVIT_CHECK(
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor
   check_dim("prefix", prefix, 2, "(P, D)");
   MTVIT_CHECK(images.size(1) > 0, "images must have at least one channel, got ", shape_of(images));
   const Dtype dtype = check_dtype("images", images);
-  MTVIT_CHECK(prefix.scalar_type() == images.scalar_type(), "prefix must have images' dtype");
+  MTVIT_CHECK(same_dtype(prefix, images), "prefix must have images' dtype");
   const size_t num_tails = weights.size();
   MTVIT_CHECK(num_tails > 0 && biases.size() == num_tails && tables.size() == num_tails &&
                   strides.size() == num_tails && paddings.size() == num_tails,
@@ -164,8 +164,9 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor
     const Tail& t = geometry[k];
     const int64_t count = static_cast<int64_t>(which.size()), depth = p.channels * t.side * t.side;
     const Tensor table = as_contiguous(tables[k]), bias = as_contiguous(biases[k]);
-    const Tensor patches = kept_as(Place::hidden, images, std::array{count * t.patches(), depth});
-    auto* left = mutable_data<char>(patches);
+    Buffer large;
+    auto* left = static_cast<char*>(kept_memory(Place::hidden, count * t.patches() * depth * element, large));
+    const Tensor patches = tensor_of(left, images, std::array{count * t.patches(), depth});
     torch::stable::parallel_for(0, count * t.patches(), row_grain(depth), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         copy_patch(p, t, which[static_cast<size_t>(i / t.patches())], i % t.patches(), left + i * depth * element);

@@ -16,7 +16,7 @@ void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, st
   check_dim("y", y, 2, "(T, D)");
   const Dtype dtype = check_dtype("x", x);
   const int64_t d = x.size(1);
-  MTVIT_CHECK(y.scalar_type() == x.scalar_type(), "y must have x's dtype");
+  MTVIT_CHECK(same_dtype(y, x), "y must have x's dtype");
   MTVIT_CHECK(d <= 1 || x.stride(1) == 1, "x must be contiguous in its last dimension");
   MTVIT_CHECK(x.size(0) <= 1 || x.stride(0) >= d, "rows of x must not overlap");
   Tensor list;

@@ -87,7 +87,7 @@ Tensor slow_fast_update(const Tensor& x, std::optional<Tensor> rows, const Tenso
   const Dtype dtype = check_dtype("x", x);
   const int64_t d = x.size(1), element = dtype == Dtype::f32 ? 4 : 2;
   check_dim("increment", increment, 2, "(B, D)");
-  MTVIT_CHECK(increment.scalar_type() == x.scalar_type(), "increment must have x's dtype");
+  MTVIT_CHECK(same_dtype(increment, x), "increment must have x's dtype");
   MTVIT_CHECK(increment.size(0) == lists.batch && increment.size(1) == d, "increment must have shape (", lists.batch,
               ", ", d, "), got ", shape_of(increment));
   const Tensor step = dense_rows(increment);

@@ -73,11 +73,15 @@ std::vector<Item> plan(const Problem& p, int64_t threads) {
 }
 
 struct Outputs {
-  const Kernels* native;
   char* out;
-  float *lse, *scores;
-  const float* bias;
-  int64_t bias_token, bias_head;  // strides
+  float *lse, *scores;  // null: nobody wants them
+};
+
+struct Options {
+  float scale;
+  Scores mode = kNone;
+  const float* bias = nullptr;
+  int64_t bias_token = 0, bias_head = 0;  // strides
 };
 
 // Block sums (rows, row), in the order of the blocks, to column means in the first row.
@@ -93,8 +97,10 @@ void average(float* sums, int64_t rows, int64_t row, int64_t keys, int64_t queri
 // a token share a cache line, which two threads would take from each other with every store.
 class ByHead {
  public:
-  ByHead(const Problem& p, Scores mode, const std::vector<Item>& items)
-      : p_(p), mode_(mode), images_(new Image[static_cast<size_t>(p.batch)]) {
+  ByHead(const Problem& p, Scores mode, const Outputs& o, const std::vector<Item>& items)
+      : p_(p), mode_(mode), o_(o) {
+    if (o.lse == nullptr && mode == kNone) return;
+    images_.reset(new Image[static_cast<size_t>(p.batch)]);
     for (const Item& item : items) at(item.image).left.fetch_add(1, std::memory_order_relaxed);
     int64_t floats = 0;
     for (int64_t b = 0; b < p.batch; ++b) {
@@ -107,22 +113,24 @@ class ByHead {
     memory_ = allocate(floats);
   }
 
-  float* lse(int64_t image, int64_t head) const { return of(image) + head * lse_row(image); }
+  float* lse(int64_t image, int64_t head) const {
+    return o_.lse == nullptr ? nullptr : of(image) + head * lse_row(image);
+  }
   // one row, or one a block of queries where a head is more than one item and wants column means
   float* scores(int64_t image, int64_t head) const {
     return of(image) + p_.heads * lse_row(image) + head * at(image).score_rows * key_row(image);
   }
 
   // To be called after each item: who does an image's last one writes its results.
-  void done(const Item& item, const Outputs& o) {
-    if (at(item.image).left.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  void done(const Item& item) {
+    if (images_ == nullptr || at(item.image).left.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     const int64_t b = item.image, nk = p_.nk(b);
-    deal(lse(b, 0), lse_row(b), p_.nq(b), o.lse + p_.cu_q[b] * p_.heads);
+    if (o_.lse != nullptr) deal(lse(b, 0), lse_row(b), p_.nq(b), o_.lse + p_.cu_q[b] * p_.heads);
     if (mode_ == kNone) return;
     if (!is_whole(p_, item) && mode_ == kMean) {
       for (int64_t h = 0; h < p_.heads; ++h) average(scores(b, h), at(b).score_rows, key_row(b), nk, p_.nq(b));
     }
-    deal(scores(b, 0), at(b).score_rows * key_row(b), nk, o.scores + p_.cu_k[b] * p_.heads);
+    deal(scores(b, 0), at(b).score_rows * key_row(b), nk, o_.scores + p_.cu_k[b] * p_.heads);
   }
 
   int64_t key_row(int64_t image) const { return round_up(p_.nk(image), kMaxWidth); }
@@ -133,7 +141,7 @@ class ByHead {
     int64_t begin, score_rows;     // where its numbers begin, rows of scores a head
   };
 
-  int64_t lse_row(int64_t image) const { return round_up(p_.nq(image), kMaxWidth); }
+  int64_t lse_row(int64_t image) const { return o_.lse == nullptr ? 0 : round_up(p_.nq(image), kMaxWidth); }
   Image& at(int64_t image) const { return images_[static_cast<size_t>(image)]; }
   float* of(int64_t image) const { return memory_.get() + at(image).begin; }
 
@@ -145,12 +153,14 @@ class ByHead {
   }
 
   const Problem& p_;
-  Scores mode_;
+  const Scores mode_;
+  const Outputs& o_;
   Buffer memory_;
   std::unique_ptr<Image[]> images_;
 };
 
-void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Item& item, ByHead& by_head) {
+void run(const Problem& p, const Outputs& o, const Options& given, const Item& item, ByHead& by_head) {
+  const Scores mode = given.mode;
   const int64_t b = item.image, h = item.head, first_q = p.cu_q[b], first_k = p.cu_k[b];
   const auto at = [&](const View& t, int64_t token) {
     return static_cast<const char*>(t.data) + (token * t.token + h * t.head) * static_cast<int64_t>(p.element);
@@ -162,7 +172,7 @@ void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Ite
   t.v = at(p.v, first_k);
   t.out = o.out + (first_q * p.heads + h) * p.dv * p.element;
   t.lse = by_head.lse(b, h);
-  t.bias = o.bias ? o.bias + first_k * o.bias_token + h * o.bias_head : nullptr;
+  t.bias = given.bias ? given.bias + first_k * given.bias_token + h * given.bias_head : nullptr;
   t.nq = p.nq(b);
   t.nk = p.nk(b);
   t.d = p.d;
@@ -172,22 +182,22 @@ void run(const Problem& p, const Outputs& o, Scores mode, float scale, const Ite
   t.k_stride = p.k.token;
   t.v_stride = p.v.token;
   t.out_stride = p.heads * p.dv;
-  t.bias_stride = o.bias_token;
+  t.bias_stride = given.bias_token;
   t.block_begin = item.begin;
   t.block_end = item.end;
-  t.scale = scale;
+  t.scale = given.scale;
   Buffer large;
   const int64_t work = round_up(scratch_floats(t.nk, t.d, t.dv), kMaxWidth), blocks = num_blocks(t.nq);
   // a whole head's block sums stay in this thread's cache
   const bool own_sums = mode == kMean && is_whole(p, item);
   t.scratch = thread_scratch(work + (own_sums ? blocks * by_head.key_row(b) : 0), large);
   if (mode == kMean) t.block_sums = own_sums ? t.scratch + work : by_head.scores(b, h);
-  o.native->attention(t);
+  kernels().attention(t);
   if (own_sums) {
     average(t.block_sums, blocks, by_head.key_row(b), t.nk, t.nq);
     std::copy(t.block_sums, t.block_sums + t.nk, by_head.scores(b, h));
   }
-  by_head.done(item, o);
+  by_head.done(item);
 }
 
 // What no item writes: images without a key or without a query, and the slack behind the last image.
@@ -195,6 +205,7 @@ void fill_rest(const Problem& p, const Outputs& o, Scores mode) {
   const auto no_keys = [&](int64_t begin, int64_t end) {
     const int64_t row = p.heads * p.dv * static_cast<int64_t>(p.element);
     std::fill(o.out + begin * row, o.out + end * row, 0);
+    if (o.lse == nullptr) return;
     std::fill(o.lse + begin * p.heads, o.lse + end * p.heads, -std::numeric_limits<float>::infinity());
   };
   const auto no_queries = [&](int64_t begin, int64_t end) {
@@ -208,43 +219,25 @@ void fill_rest(const Problem& p, const Outputs& o, Scores mode) {
   no_queries(p.cu_k[p.batch], p.total_k);
 }
 
-// The work itself, into `out` (Tq, H, dv).
-Attended attend(const Problem& p, Tensor out, double scale, const std::optional<Tensor>& key_bias, int64_t scores) {
-  MTVIT_CHECK(scores >= kNone && scores <= kMean, "scores must be 0, 1 or 2, got ", scores);
-  const auto mode = static_cast<Scores>(scores);
-  Outputs o{};
-  o.native = &kernels();
-  Tensor bias;  // kept alive as long as o.bias points into it
-  if (key_bias) {
-    check_key_bias(*key_bias, p.total_k, p.heads);
-    bias = as_float32("key_bias", *key_bias);
-    o.bias = data<float>(bias);
-    o.bias_token = bias.dim() == 2 ? p.heads : 1;
-    o.bias_head = bias.dim() == 2 ? 1 : 0;
-  }
-  Tensor lse = empty_float32(std::array{p.total_q, p.heads});
-  Tensor token_scores = empty_float32(std::array{mode == kNone ? 0 : p.total_k, p.heads});
-  o.out = mutable_data<char>(out);
-  o.lse = mutable_data<float>(lse);
-  o.scores = mutable_data<float>(token_scores);
+// The work itself.
+void attend(const Problem& p, const Outputs& o, const Options& given) {
   int64_t work = 0;  // multiplications
   for (int64_t b = 0; b < p.batch; ++b) work += p.nq(b) * p.nk(b) * p.heads * (p.d + p.dv);
   constexpr int64_t kWorthThreads = 1 << 19;  // under some 5 microseconds, waking a thread costs more than it does
   const int64_t threads = work < kWorthThreads ? 1 : torch::stable::get_num_threads();
   const std::vector<Item> items = plan(p, threads);
   const auto count = static_cast<int64_t>(items.size());
-  ByHead by_head(p, mode, items);
+  ByHead by_head(p, given.mode, o, items);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      run(p, o, mode, static_cast<float>(scale), items[static_cast<size_t>(i)], by_head);
+      run(p, o, given, items[static_cast<size_t>(i)], by_head);
     }
   });
-  fill_rest(p, o, mode);
-  return {out, lse, token_scores};
+  fill_rest(p, o, given.mode);
 }
 
-Attended varlen_attention(const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& cu_seqlens_q,
+std::tuple<Tensor, Tensor, Tensor> varlen_attention(const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& cu_seqlens_q,
                           const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                           std::optional<Tensor> key_bias, int64_t scores) {
   const Tensor cu_q = cu_seqlens_vector("cu_seqlens_q", cu_seqlens_q);
@@ -255,29 +248,38 @@ Attended varlen_attention(const Tensor& queries, const Tensor& keys, const Tenso
       view(q),          view(k),   view(v),   q.size(0), k.size(0),           data<int32_t>(cu_q), data<int32_t>(cu_k),
       cu_q.size(0) - 1, q.size(1), q.size(2), v.size(2), check_dtype("q", q), q.element_size()};
   check_attention_offsets(p.cu_q, p.cu_k, p.batch, p.total_q, p.total_k, max_seqlen_q, max_seqlen_k);
-  return attend(p, empty_as(q, std::array{p.total_q, p.heads, p.dv}), scale, key_bias, scores);
+  check_scores(scores);
+  Options given{static_cast<float>(scale), static_cast<Scores>(scores)};
+  Tensor bias;  // kept alive as long as given.bias points into it
+  if (key_bias) {
+    check_key_bias(*key_bias, p.total_k, p.heads);
+    bias = as_float32("key_bias", *key_bias);
+    given.bias = data<float>(bias);
+    given.bias_token = bias.dim() == 2 ? p.heads : 1;
+    given.bias_head = bias.dim() == 2 ? 1 : 0;
+  }
+  Tensor out = empty_as(q, std::array{p.total_q, p.heads, p.dv}), lse = empty_float32(std::array{p.total_q, p.heads});
+  Tensor received = empty_float32(std::array{given.mode == kNone ? 0 : p.total_k, p.heads});
+  attend(p, {mutable_data<char>(out), mutable_data<float>(lse), mutable_data<float>(received)}, given);
+  return {out, lse, received};
 }
 
 }  // namespace
 
-Attended packed_attention(const Tensor& qkv, int64_t heads, const Tensor& cu_seqlens, int64_t max_seqlen, double scale,
-                          int64_t scores) {
-  const Tensor cu = cu_seqlens_vector("cu_seqlens", cu_seqlens);
-  check_dim("qkv", qkv, 2, "(T, 3 * H * d)");
-  const int64_t width = qkv.size(1) / 3;
-  MTVIT_CHECK(heads > 0 && width * 3 == qkv.size(1) && width % heads == 0, "qkv must have shape (T, 3 * ", heads,
-              " * d), got ", shape_of(qkv));
-  MTVIT_CHECK(qkv.is_contiguous(), "qkv must be contiguous");
-  const int64_t d = width / heads;
-  const auto element = static_cast<int64_t>(qkv.element_size());
-  const auto part = [&](int64_t index) { return View{data<char>(qkv) + index * width * element, qkv.size(1), d}; };
-  const auto* offsets = data<int32_t>(cu);
-  const Problem p{part(0),           part(1),        part(2), qkv.size(0), qkv.size(0), offsets,
-                  offsets,           cu.size(0) - 1, heads,   d,           d,           check_dtype("qkv", qkv),
-                  qkv.element_size()};
-  const int64_t longest = check_cu_seqlens("cu_seqlens", offsets, p.batch, p.total_q);
-  MTVIT_CHECK_VALUE(max_seqlen >= longest, "max_seqlen must be at least ", longest, ", got ", max_seqlen);
-  return attend(p, kept_as(Place::attended, qkv, std::array{p.total_q, heads, d}), scale, std::nullopt, scores);
+void check_scores(int64_t scores) {
+  MTVIT_CHECK(scores >= kNone && scores <= kMean, "scores must be 0, 1 or 2, got ", scores);
+}
+
+void packed_attention(const PackedQkv& qkv, double scale, int64_t scores, void* out, float* received) {
+  const auto element = static_cast<int64_t>(element_size(qkv.dtype)), row = 3 * qkv.heads * qkv.d;
+  const auto part = [&](int64_t index) {
+    return View{static_cast<const char*>(qkv.data) + index * qkv.heads * qkv.d * element, row, qkv.d};
+  };
+  const Problem p{part(0),        part(1),        part(2),   qkv.tokens, qkv.tokens, qkv.cu_seqlens,
+                  qkv.cu_seqlens, qkv.batch,      qkv.heads, qkv.d,      qkv.d,      qkv.dtype,
+                  element_size(qkv.dtype)};
+  attend(p, {static_cast<char*>(out), nullptr, received},
+         {static_cast<float>(scale), static_cast<Scores>(scores)});
 }
 
 }  // namespace mtvit_ops

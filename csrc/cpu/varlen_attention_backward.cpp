@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward(
   check_dim("grad_out", incoming, 3, "(Tq, H, dv)");
   MTVIT_CHECK(incoming.size(0) == total_q && incoming.size(1) == heads && incoming.size(2) == values.size(2),
               "grad_out must have shape (", total_q, ", ", heads, ", ", values.size(2), "), got ", shape_of(incoming));
-  MTVIT_CHECK(incoming.scalar_type() == queries.scalar_type(), "grad_out must have q's dtype");
+  MTVIT_CHECK(same_dtype(incoming, queries), "grad_out must have q's dtype");
   check_dim("lse", log_sums, 2, "(Tq, H)");
   MTVIT_CHECK(log_sums.size(0) == total_q && log_sums.size(1) == heads, "lse must have shape (", total_q, ", ", heads,
               "), got ", shape_of(log_sums));

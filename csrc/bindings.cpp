@@ -1,4 +1,4 @@
-// What is no tensor operator: build information and host-side planning over NumPy buffers.
+// What is no tensor operator: build information, host-side planning over NumPy buffers, and a look at Python objects.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -66,12 +66,47 @@ std::vector<std::vector<int64_t>> pack_greedy(const Lengths& lengths, int64_t bu
   return bins;
 }
 
+// Of nn/prepared.py: whether dicts still hold what they held (None: or have no such name), the hooks are empty, and
+// weights lie where they lay and have the version they had. Lists of references and no struct of them, so that Python's
+// garbage collector sees what is held.
+bool unchanged(const py::list& dicts, const py::list& names, const py::list& values, const py::list& hooks,
+               const py::list& weights, const py::list& addresses, const py::list& versions) {
+  const auto at = [](const py::list& list, py::ssize_t i) { return PyList_GetItem(list.ptr(), i); };  // borrowed
+  const auto checked = [](PyObject* object) {
+    if (object == nullptr) throw py::error_already_set();
+    return object;
+  };
+  for (py::ssize_t i = 0; i < PyList_Size(dicts.ptr()); ++i) {
+    PyObject* held = PyDict_GetItemWithError(at(dicts, i), checked(at(names, i)));
+    if (held == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    if ((held == nullptr ? Py_None : held) != checked(at(values, i))) return false;
+  }
+  for (py::ssize_t i = 0; i < PyList_Size(hooks.ptr()); ++i) {
+    if (PyDict_Size(at(hooks, i)) != 0) return false;
+  }
+  static PyObject* const version = PyUnicode_InternFromString("_version");
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  const auto equals = [&](PyObject* got, PyObject* kept) {
+    const auto owned = py::reinterpret_steal<py::object>(checked(got));
+    const int equal = PyObject_RichCompareBool(got, checked(kept), Py_EQ);
+    if (equal < 0) throw py::error_already_set();
+    return equal == 1;
+  };
+  for (py::ssize_t i = 0; i < PyList_Size(weights.ptr()); ++i) {
+    PyObject* weight = at(weights, i);
+    if (!equals(PyObject_GetAttr(weight, version), at(versions, i))) return false;
+    if (!equals(PyObject_CallMethodObjArgs(weight, data_ptr, nullptr), at(addresses, i))) return false;
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace mtvit_ops
 
 PYBIND11_MODULE(_build, m) {
-  m.doc() = "Build information and host-side planning of mtvit_ops.";
+  m.doc() = "Build information and host-side helpers of mtvit_ops.";
   m.def("build_info", &mtvit_ops::build_info, "How this extension was built, as a dict.");
+  m.def("unchanged", &mtvit_ops::unchanged, "Whether dicts, hooks and weights are what they were.");
   m.def("pack_greedy", &mtvit_ops::pack_greedy, py::arg("lengths"), py::arg("budget"),
         "First-fit packing, longest first: lists of sequence indices whose lengths sum to at most `budget`.");
 }

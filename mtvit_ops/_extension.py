@@ -24,6 +24,12 @@ def _load() -> str | None:
     return None
 
 
+@cache
+def build_module() -> Any:
+    """``mtvit_ops._build``: what is no tensor operator; the extension must be there."""
+    return importlib.import_module("mtvit_ops._build")
+
+
 def has_extension() -> bool:
     """Whether the operators ``torch.ops.mtvit_ops_cpp`` are there."""
     return _load() is None
@@ -39,7 +45,7 @@ def cuda_error() -> str | None:
     error = _load()
     if error is not None:
         return error
-    if not importlib.import_module("mtvit_ops._build").build_info()["cuda"]:
+    if not build_module().build_info()["cuda"]:
         return "the native extension was built without CUDA (MTVIT_OPS_WITH_CUDA=1 builds it, where there is nvcc)"
     return "this PyTorch is built without CUDA" if torch.version.cuda is None else None
 
@@ -49,5 +55,5 @@ def build_info() -> dict[str, Any]:
     error = _load()
     if error is not None:
         return {"extension": False, "reason": error}
-    built = importlib.import_module("mtvit_ops._build").build_info()
+    built = build_module().build_info()
     return {"extension": True, **built, "isa": torch.ops.mtvit_ops_cpp.isa()}

@@ -29,8 +29,7 @@ inline void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, c
   MTVIT_CHECK(v.size(0) == k.size(0) && v.size(1) == k.size(1), "v must have shape (", k.size(0), ", ", k.size(1),
               ", dv), got ", shape_of(v));
   check_dtype("q", q);
-  MTVIT_CHECK(same_dtype(k, q) && same_dtype(v, q),
-              "q, k and v must have one dtype");
+  MTVIT_CHECK(same_dtype(k, q) && same_dtype(v, q), "q, k and v must have one dtype");
   MTVIT_CHECK(cu_q.size(0) == cu_k.size(0), "cu_seqlens_k must have shape (", cu_q.size(0), ",), got ", shape_of(cu_k));
 }
 

@@ -72,9 +72,7 @@ void PanelAttention::run(const Stream& stream, const Offsets& offsets, int64_t s
 }
 
 PanelFeedForward::PanelFeedForward(const FeedForwardWeights& w)
-    : norm_(w.norm.weight, w.norm.bias, w.norm.eps),
-      fc1_(w.fc1.weight, w.fc1.bias),
-      fc2_(w.fc2.weight, w.fc2.bias) {}
+    : norm_(w.norm.weight, w.norm.bias, w.norm.eps), fc1_(w.fc1.weight, w.fc1.bias), fc2_(w.fc2.weight, w.fc2.bias) {}
 
 void PanelFeedForward::run(const Stream& stream) const {
   Buffer large;

@@ -16,8 +16,7 @@ namespace {
 
 void check_parameter(const char* name, const Tensor& given, const Tensor& x) {
   check_length(name, given, x.size(1));
-  MTVIT_CHECK(same_dtype(given, x) || is_float32(given), name,
-              " must be float32 or have x's dtype");
+  MTVIT_CHECK(same_dtype(given, x) || is_float32(given), name, " must be float32 or have x's dtype");
 }
 
 // `mean` and `rstd` are made where they are wanted.

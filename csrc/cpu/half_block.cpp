@@ -49,11 +49,8 @@ Tensor attention_half_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_se
                        std::optional<Tensor> qkv_bias, int64_t heads, double scale, int64_t scores,
                        const Tensor& proj_weight, std::optional<Tensor> proj_bias, bool panels) {
   const int64_t tokens = check_rows_of(x, rows);
-  const AttentionWeights weights{{norm_weight, norm_bias, eps},
-                                 {qkv_weight, pointer(qkv_bias)},
-                                 heads,
-                                 scale,
-                                 {proj_weight, pointer(proj_bias)}};
+  const AttentionWeights weights{
+      {norm_weight, norm_bias, eps}, {qkv_weight, pointer(qkv_bias)}, heads, scale, {proj_weight, pointer(proj_bias)}};
   check_attention_half(x, tokens, weights, scores, panels);
   const Offsets offsets(cu_seqlens, max_seqlen, tokens);
   return run(x, rows, &offsets, weights, scores, std::nullopt, panels);

@@ -72,8 +72,8 @@ template <size_t N>
 Tensor tensor_of(void* memory, const Tensor& like, const std::array<int64_t, N>& sizes) {
   const auto strides = contiguous_strides(sizes);
   AtenTensorHandle out = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(memory, N, sizes.data(), strides.data(), 0, dtype_code(like),
-                                                            aoti_torch_device_type_cpu(), 0, &out));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(memory, N, sizes.data(), strides.data(), 0,
+                                                            dtype_code(like), aoti_torch_device_type_cpu(), 0, &out));
   return Tensor(out);
 }
 

@@ -118,15 +118,20 @@ void ragged_linear_residual_(Tensor x, std::optional<Tensor> rows, const Tensor&
   add(work.task, x, rows, scale, a.size(0), live);
 }
 
-// linear(layer_norm(x[rows])), x (R, D), rows (T,) or none; out (T, N). A dead entry (-1) counts as zeros.
-Tensor norm_linear(const Tensor& given, std::optional<Tensor> rows, const Tensor& norm_weight, const Tensor& norm_bias,
-                   double eps, const Tensor& weight, std::optional<Tensor> bias) {
+// linear(layer_norm(x[cu_seqlens[:-1]])), x (R, D); out (B, N). Without offsets each row is an image.
+Tensor classify(const Tensor& given, std::optional<Tensor> cu_seqlens, const Tensor& norm_weight,
+                const Tensor& norm_bias, double eps, const Tensor& weight, std::optional<Tensor> bias) {
   check_dim("x", given, 2, "(R, D)");
   const Tensor x = dense_rows(given);
   check_layer_norm(x, norm_weight, norm_bias);
   check_panels(x.size(1), x, weight, bias);
-  if (rows) check_dim("rows", *rows, 1, "(T,)");
-  const Stream stream(x, rows);
+  Stream stream(x, std::nullopt);
+  if (cu_seqlens) {
+    stream.list = cu_seqlens_vector("cu_seqlens", *cu_seqlens);
+    stream.tokens = stream.list.size(0) - 1;
+    stream.rows = data<int32_t>(stream.list);
+    check_rows(stream.rows, stream.tokens, stream.num_rows, "cu_seqlens", 0);
+  }
   const PanelLayer layer(weight, bias ? &*bias : nullptr);
   Tensor out = empty_as(x, std::array{stream.tokens, layer.n});
   linear_of_norm(stream, PanelNorm(norm_weight, norm_bias, eps), layer, false, out.data_ptr());
@@ -199,7 +204,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
       "Tensor? scale) -> ()");
   m.def("linear(Tensor a, Tensor weight, Tensor? bias, bool gelu) -> Tensor");
   m.def(
-      "norm_linear(Tensor x, Tensor? rows, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight, "
+      "classify(Tensor x, Tensor? cu_seqlens, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight, "
       "Tensor? bias) -> Tensor");
   m.def("pack_panels(Tensor weight) -> Tensor");
   m.def("panel_columns() -> int");
@@ -209,7 +214,7 @@ STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
   m.impl("ragged_linear", TORCH_BOX(&mtvit_ops::ragged_linear));
   m.impl("ragged_linear_residual_", TORCH_BOX(&mtvit_ops::ragged_linear_residual_));
   m.impl("linear", TORCH_BOX(&mtvit_ops::linear));
-  m.impl("norm_linear", TORCH_BOX(&mtvit_ops::norm_linear));
+  m.impl("classify", TORCH_BOX(&mtvit_ops::classify));
   m.impl("pack_panels", TORCH_BOX(&mtvit_ops::pack_panels));
 }
 

@@ -34,6 +34,12 @@ struct Pixels {
   int64_t channels, height, width, element;
 };
 
+// A line of a patch is a few dozen bytes: as much as a call of memcpy takes.
+void copy_line(char* to, const char* from, int64_t bytes) {
+  for (; bytes >= 16; bytes -= 16, to += 16, from += 16) std::memcpy(to, from, 16);
+  if (bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
 // One patch as a row of the product's left factor: channel after channel, line after line.
 char* copy_patch(const Pixels& p, const Tail& t, int64_t image, int64_t patch, char* out) {
   const int64_t top = patch / t.grid_columns * t.stride - t.padding;
@@ -42,7 +48,7 @@ char* copy_patch(const Pixels& p, const Tail& t, int64_t image, int64_t patch, c
   const int64_t inside = std::clamp<int64_t>(p.width - (left + before), 0, t.side - before);
   const int64_t after = t.side - before - inside;
   const auto zeros = [&](int64_t count) {
-    std::memset(out, 0, static_cast<size_t>(count * p.element));
+    if (count > 0) std::memset(out, 0, static_cast<size_t>(count * p.element));
     out += count * p.element;
   };
   for (int64_t c = 0; c < p.channels; ++c) {
@@ -54,7 +60,7 @@ char* copy_patch(const Pixels& p, const Tail& t, int64_t image, int64_t patch, c
       zeros(before);
       if (inside > 0) {
         const int64_t first = ((image * p.channels + c) * p.height + y) * p.width + left + before;
-        std::memcpy(out, p.data + first * p.element, static_cast<size_t>(inside * p.element));
+        copy_line(out, p.data + first * p.element, inside * p.element);
         out += inside * p.element;
       }
       zeros(after);
@@ -103,7 +109,7 @@ Tail tail_of(size_t index, const Tensor& images, const Tensor& prefix, const Ten
   return t;
 }
 
-std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor& tails, const Tensor& prefix,
+std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, std::optional<Tensor> tails, const Tensor& prefix,
                                               const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                               const std::vector<Tensor>& tables, const std::vector<int64_t>& strides,
                                               const std::vector<int64_t>& paddings, bool panels) {
@@ -116,9 +122,14 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor
   MTVIT_CHECK(num_tails > 0 && biases.size() == num_tails && tables.size() == num_tails &&
                   strides.size() == num_tails && paddings.size() == num_tails,
               "weights, biases, pos_embeds, strides and paddings must be equally many, and at least one");
-  const Tensor chosen = int32_vector("tails", tails);
   const int64_t batch = images.size(0), dim = prefix.size(1), num_prefix = prefix.size(0);
-  MTVIT_CHECK(chosen.size(0) == batch, "tails must have shape (", batch, ",), got ", shape_of(tails));
+  Tensor chosen;
+  const int32_t* tail = nullptr;  // the first for all
+  if (tails) {
+    chosen = int32_vector("tails", *tails);
+    MTVIT_CHECK(chosen.size(0) == batch, "tails must have shape (", batch, ",), got ", shape_of(*tails));
+    tail = data<int32_t>(chosen);
+  }
   std::vector<Tail> geometry;
   int64_t longest = 0;
   for (size_t k = 0; k < num_tails; ++k) {
@@ -131,12 +142,14 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor
 
   Tensor offsets = empty_int32(std::array{batch + 1});
   auto* cu = mutable_data<int32_t>(offsets);
-  const auto* tail = data<int32_t>(chosen);
   cu[0] = 0;
+  std::vector<std::vector<int64_t>> images_of(num_tails);
   for (int64_t b = 0; b < batch; ++b) {
-    MTVIT_CHECK_VALUE(tail[b] >= 0 && tail[b] < static_cast<int64_t>(num_tails), "tails must be in [0, ", num_tails,
-                      "), got ", tail[b], " for image ", b);
-    cu[b + 1] = cu[b] + static_cast<int32_t>(num_prefix + geometry[static_cast<size_t>(tail[b])].patches());
+    const int32_t k = tail ? tail[b] : 0;
+    MTVIT_CHECK_VALUE(k >= 0 && k < static_cast<int64_t>(num_tails), "tails must be in [0, ", num_tails, "), got ", k,
+                      " for image ", b);
+    images_of[static_cast<size_t>(k)].push_back(b);
+    cu[b + 1] = cu[b] + static_cast<int32_t>(num_prefix + geometry[static_cast<size_t>(k)].patches());
   }
   Tensor x = empty_as(images, std::array{batch * longest, dim});
   const auto element = static_cast<int64_t>(images.element_size()), row = dim * element;
@@ -156,10 +169,7 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor
     native.scatter_residual(t, 0, count);
   };
   for (size_t k = 0; k < num_tails && row > 0; ++k) {
-    std::vector<int64_t> which;
-    for (int64_t b = 0; b < batch; ++b) {
-      if (tail[b] == static_cast<int64_t>(k)) which.push_back(b);
-    }
+    const std::vector<int64_t>& which = images_of[k];
     if (which.empty()) continue;
     const Tail& t = geometry[k];
     const int64_t count = static_cast<int64_t>(which.size()), depth = p.channels * t.side * t.side;
@@ -199,7 +209,7 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
   m.def(
-      "ragged_patch_embed(Tensor images, Tensor tails, Tensor prefix, Tensor[] weights, Tensor[] biases, "
+      "ragged_patch_embed(Tensor images, Tensor? tails, Tensor prefix, Tensor[] weights, Tensor[] biases, "
       "Tensor[] pos_embeds, SymInt[] strides, SymInt[] paddings, bool panels=False) -> (Tensor x, Tensor cu_seqlens)");
 }
 

@@ -97,8 +97,7 @@ void average(float* sums, int64_t rows, int64_t row, int64_t keys, int64_t queri
 // a token share a cache line, which two threads would take from each other with every store.
 class ByHead {
  public:
-  ByHead(const Problem& p, Scores mode, const Outputs& o, const std::vector<Item>& items)
-      : p_(p), mode_(mode), o_(o) {
+  ByHead(const Problem& p, Scores mode, const Outputs& o, const std::vector<Item>& items) : p_(p), mode_(mode), o_(o) {
     if (o.lse == nullptr && mode == kNone) return;
     images_.reset(new Image[static_cast<size_t>(p.batch)]);
     for (const Item& item : items) at(item.image).left.fetch_add(1, std::memory_order_relaxed);
@@ -237,9 +236,10 @@ void attend(const Problem& p, const Outputs& o, const Options& given) {
   fill_rest(p, o, given.mode);
 }
 
-std::tuple<Tensor, Tensor, Tensor> varlen_attention(const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& cu_seqlens_q,
-                          const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-                          std::optional<Tensor> key_bias, int64_t scores) {
+std::tuple<Tensor, Tensor, Tensor> varlen_attention(const Tensor& queries, const Tensor& keys, const Tensor& values,
+                                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                                    std::optional<Tensor> key_bias, int64_t scores) {
   const Tensor cu_q = cu_seqlens_vector("cu_seqlens_q", cu_seqlens_q);
   const Tensor cu_k = cu_seqlens_vector("cu_seqlens_k", cu_seqlens_k);
   check_attention(queries, keys, values, cu_q, cu_k);
@@ -275,11 +275,9 @@ void packed_attention(const PackedQkv& qkv, double scale, int64_t scores, void* 
   const auto part = [&](int64_t index) {
     return View{static_cast<const char*>(qkv.data) + index * qkv.heads * qkv.d * element, row, qkv.d};
   };
-  const Problem p{part(0),        part(1),        part(2),   qkv.tokens, qkv.tokens, qkv.cu_seqlens,
-                  qkv.cu_seqlens, qkv.batch,      qkv.heads, qkv.d,      qkv.d,      qkv.dtype,
-                  element_size(qkv.dtype)};
-  attend(p, {static_cast<char*>(out), nullptr, received},
-         {static_cast<float>(scale), static_cast<Scores>(scores)});
+  const Problem p{part(0),   part(1),   part(2), qkv.tokens, qkv.tokens, qkv.cu_seqlens,         qkv.cu_seqlens,
+                  qkv.batch, qkv.heads, qkv.d,   qkv.d,      qkv.dtype,  element_size(qkv.dtype)};
+  attend(p, {static_cast<char*>(out), nullptr, received}, {static_cast<float>(scale), static_cast<Scores>(scores)});
 }
 
 }  // namespace mtvit_ops

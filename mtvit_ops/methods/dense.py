@@ -31,5 +31,9 @@ class Dense(Method):
     config_class = DenseConfig
     config: DenseConfig
 
+    @property
+    def reads_class_tokens(self) -> bool:
+        return type(self).readout is Dense.readout and self.config.pool == "class"
+
     def readout(self, first_rows: Tensor, tokens: RaggedTokens, state: None) -> Tensor:
         return pool_tokens(tokens.x, first_rows, tokens.num_prefix_tokens, self.config.pool)

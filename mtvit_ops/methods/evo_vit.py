@@ -158,6 +158,10 @@ class EvoViT(Method):
         evolved = torch.lerp(score[index], attention, weight) if weight != 1 else attention
         return score.index_copy(0, index, evolved)
 
+    @property
+    def reads_class_tokens(self) -> bool:
+        return type(self).readout is EvoViT.readout and self.config.pool == "class"
+
     def readout(self, first_rows: Tensor, tokens: RaggedTokens, state: EvoViTState) -> Tensor:
         if self.config.prune_cls and self.config.pool == "mean" and len(first_rows) > 0:
             # every image keeps the same number of tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -143,23 +143,28 @@ class MTViT(Method):
 
     def tokenise(self, model: VisionTransformer, images: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
         """Each image through its tail (B,) int32: what ``ragged_patch_embed`` gives."""
-        convs = [*self.projections, model.patch_embed.proj]
-        # by number: PyTorch 2.11 cannot compile a walk over the list
-        tables = [*(self.pos_embeds[index] for index in range(len(self.pos_embeds))), model.pos_embed]
-        tails = [Tail(conv, table, *geometry) for conv, table, geometry in zip(convs, tables, self.geometry)]
-        native = model.embed_natively(images, tail, tails)
+        own: dict[str, Any] = self._modules  # a module's attribute look-up would cost more than the check
+        parts = own["projections"], own["pos_embeds"], model._modules["patch_embed"]
+        native = model.embed_natively(images, tail, parts, lambda: self._tails(model))
         if native is not None:
             return native
+        tails = self._tails(model)
         return ragged_patch_embed(
             images,
             tail,
             model.cls_token[0],
-            [conv.weight for conv in convs],
-            [conv.bias for conv in convs],
-            [table[0] for table in tables],
-            [kernel for kernel, _ in self.geometry],
-            [padding for _, padding in self.geometry],
+            [each.conv.weight for each in tails],
+            [cast("Tensor", each.conv.bias) for each in tails],
+            [each.table[0] for each in tails],
+            [each.stride for each in tails],
+            [each.padding for each in tails],
         )
+
+    def _tails(self, model: VisionTransformer) -> list[Tail]:
+        convs = [*self.projections, model.patch_embed.proj]
+        # by number: PyTorch 2.11 cannot compile a walk over the list
+        tables = [*(self.pos_embeds[index] for index in range(len(self.pos_embeds))), model.pos_embed]
+        return [Tail(conv, table, *geometry) for conv, table, geometry in zip(convs, tables, self.geometry)]
 
     def extras(self, first_rows: Tensor, states: list[MTViTState]) -> dict[str, Tensor]:
         state = states[-1]

@@ -72,7 +72,7 @@ def block_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor | None:
 def blocks_(blocks: Sequence[Block], tokens: RaggedTokens, prepared: Prepared) -> bool:
     """One block after the other; False: it cannot serve here, and nothing was done."""
     halves = _halves_for(tokens.x)
-    given = None if halves is None else prepared.arguments(blocks, tokens.x, _run_arguments)
+    given = None if halves is None else _prepared_arguments(blocks, tokens.x, prepared)
     if halves is None or given is None:
         return False
     halves.blocks(tokens.x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, *given)
@@ -86,13 +86,17 @@ def halting_blocks_(blocks: Sequence[Block], tokens: RaggedTokens, prepared: Pre
     and nothing was done.
     """
     halves = _halves_for(tokens.x)
-    given = None if halves is None else prepared.arguments(blocks, tokens.x, _run_arguments)
+    given = None if halves is None else _prepared_arguments(blocks, tokens.x, prepared)
     if halves is None or given is None:
         return None
     return halves.halting_blocks(tokens.x, tokens.cu_seqlens, tokens.max_seqlen, *given, *halting)
 
 
 Arguments = tuple[Any, ...]
+
+
+def _prepared_arguments(blocks: Sequence[Block], x: Tensor, prepared: Prepared) -> Arguments | None:
+    return prepared.arguments((id(blocks[0]), len(blocks)), blocks, x, _run_arguments)
 
 
 def _run_arguments(blocks: Sequence[Block], x: Tensor) -> Arguments | None:
@@ -123,7 +127,7 @@ def _attention_arguments(block: Block, x: Tensor) -> tuple[Arguments, Arguments]
     if not is_plain(attn):
         return None
     norm = affine(parts["norm1"])
-    qkv, proj = _weights(x, attn._modules["qkv"]), _weights(x, attn._modules["proj"])
+    qkv, proj = layer_weights(x, attn._modules["qkv"]), layer_weights(x, attn._modules["proj"])
     if norm is None or qkv is None or proj is None:
         return None
     return (*norm, *qkv, attn.num_heads, attn.scale), proj
@@ -135,7 +139,7 @@ def _feed_forward_arguments(block: Block, x: Tensor) -> Arguments | None:
     if not is_plain(mlp):
         return None
     norm = affine(parts["norm2"])
-    fc1, fc2 = _weights(x, mlp._modules["fc1"]), _weights(x, mlp._modules["fc2"])
+    fc1, fc2 = layer_weights(x, mlp._modules["fc1"]), layer_weights(x, mlp._modules["fc2"])
     if norm is None or fc1 is None or fc2 is None:
         return None
     return (*norm, *fc1, *fc2)
@@ -163,7 +167,7 @@ def _halves_for(x: Tensor) -> _Halves | None:
     return _native_halves(x.dtype in panel_dtypes())
 
 
-def _weights(x: Tensor, layer: Any) -> tuple[Tensor, Tensor | None] | None:
+def layer_weights(x: Tensor, layer: Any) -> tuple[Tensor, Tensor | None] | None:
     """Weight, packed where the layer packs it, and bias; None: the layer must run itself."""
     packs = type(layer) is PackedLinear
     if not ((packs or type(layer) is nn.Linear) and is_plain(layer)):

@@ -49,6 +49,11 @@ class Method(nn.Module):
         """Whether only the data decides how many tokens live, so that on a GPU the host does not know."""
         return False
 
+    @property
+    def reads_class_tokens(self) -> bool:
+        """Whether ``readout`` gives the class tokens as they are; a kernel may then read them itself."""
+        return type(self).readout is Method.readout
+
     def attach(self, model: VisionTransformer) -> None:
         """Check the configuration against the model and create parameters; called by each model that it runs."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .._cpu_linear import panel_columns, panel_dtypes
 from .._register import native_kernel, native_serves
-from .linear import Packed, linear_patches, packed_anew
+from .linear import linear_patches, packed_anew
 from .plain import is_plain, modules_are_watched
+from .prepared import Prepared
 
 
 class PatchEmbed(nn.Module):
@@ -42,54 +43,75 @@ class NativeEmbedding:
     """
 
     def __init__(self) -> None:
-        self._packed: dict[tuple[int, int], Packed] = {}  # by the tail's place and the number of tails
+        self._prepared = Prepared()
 
     def __call__(
-        self, images: Tensor, chosen: Tensor | None, cls_token: Tensor, tails: Sequence[Tail], keep: bool
+        self,
+        images: Tensor,
+        chosen: Tensor | None,
+        owner: nn.Module,
+        modules: Sequence[nn.Module],
+        tails: Callable[[], Sequence[Tail]],
+        keep: bool,
     ) -> tuple[Tensor, Tensor] | None:
         """What ``ragged_patch_embed`` gives, (B * longest, D) and offsets; None: it cannot serve here.
 
         Args:
             images: (B, C, H, W).
-            chosen: each image's tail, (B,), int32; None: there is one.
-            cls_token: (1, 1, D).
-            tails: K of them.
+            chosen: each image's tail, (B,), int32; None: the first for all.
+            owner: whose ``cls_token`` (1, 1, D) and ``pos_embed`` these are.
+            modules: all that the tails are made from but the owner's own parameters.
+            tails: makes them, where they are not known yet.
             keep: pack the weights once, for all calls.
         """
         # in this order: the compiler need not look into the second
         if not native_serves(images) or images.dtype not in panel_dtypes() or images.numel() == 0:
             return None
-        if modules_are_watched() or any(not _plain_conv(tail.conv) for tail in tails):
+        if modules_are_watched():
             return None
-        convs = [tail.conv for tail in tails]
-        tensors = [cls_token, *(tail.table for tail in tails)]
-        tensors += [tensor for conv in convs for tensor in (conv.weight, conv.bias) if tensor is not None]
-        if any(type(tensor) is not nn.Parameter or tensor.dtype is not images.dtype for tensor in tensors):
-            return None
-        if chosen is None:
-            chosen = torch.zeros(len(images), dtype=torch.int32, device=images.device)
-        weights = [conv.weight for conv in convs]
-        if keep:
-            weights = [self._panels((place, len(convs)), weight) for place, weight in enumerate(weights)]
-        biases, tables = [conv.bias for conv in convs], [tail.table[0] for tail in tails]
-        strides, paddings = [tail.stride for tail in tails], [tail.padding for tail in tails]
-        embed = native_kernel("ragged_patch_embed")
-        result: tuple[Tensor, Tensor] = embed(
-            images, chosen, cls_token[0], weights, biases, tables, strides, paddings, True
-        )
-        return result
 
-    def _panels(self, place: tuple[int, int], weight: Tensor) -> Tensor:
-        if weight.is_inference() or weight.shape[0] % panel_columns():  # has no version; is no whole number of panels
-            return weight
-        kept = self._packed[place] = packed_anew(self._packed.get(place), weight)
-        return kept[1]
+        def make(_: Sequence[nn.Module], x: Tensor) -> tuple[Any, ...] | None:
+            return _embedding_arguments(owner._parameters.get("cls_token"), tails(), x.dtype, keep)
+
+        entries = [(owner._parameters, name) for name in ("cls_token", "pos_embed")]
+        given = self._prepared.arguments((len(modules), keep), modules, images, make, entries)
+        if given is None:
+            return None
+        result: tuple[Tensor, Tensor] = native_kernel("ragged_patch_embed")(images, chosen, *given)
+        return result
 
     def __deepcopy__(self, memo: Any) -> NativeEmbedding:
         return NativeEmbedding()
 
     def __reduce__(self) -> Any:
         return NativeEmbedding, ()
+
+
+def _embedding_arguments(
+    cls_token: Tensor | None, tails: Sequence[Tail], dtype: torch.dtype, keep: bool
+) -> tuple[Any, ...] | None:
+    """Those of the native operator behind images and choice; None: it cannot serve these tails."""
+    if cls_token is None or not tails or any(not _plain_conv(tail.conv) for tail in tails):
+        return None
+    weights, biases = [tail.conv.weight for tail in tails], [tail.conv.bias for tail in tails]
+    tensors = [cls_token, *weights, *biases, *(tail.table for tail in tails)]
+    if any(type(tensor) is not nn.Parameter or tensor.dtype is not dtype for tensor in tensors):
+        return None
+    # views of the tensors' memory and not of the tensors, which must stay free to be swapped
+    return (
+        cls_token.detach()[0],
+        [_panels(weight) if keep else weight for weight in weights],
+        biases,
+        [tail.table.detach()[0] for tail in tails],
+        [tail.stride for tail in tails],
+        [tail.padding for tail in tails],
+        True,
+    )
+
+
+def _panels(weight: Tensor) -> Tensor:
+    # an inference tensor has no version that would tell of a change; a part of a panel is not to be had
+    return weight if weight.is_inference() or weight.shape[0] % panel_columns() else packed_anew(None, weight)[1]
 
 
 def _plain_conv(conv: nn.Conv2d) -> bool:

@@ -1,25 +1,37 @@
-"""What a run of blocks hands to its native operator, kept as long as nothing it was made from has changed."""
+"""What modules hand to a native operator, kept as long as nothing it was made from has changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import _extension
+
 
 class _Kept(NamedTuple):
     dtype: torch.dtype
-    blocks: tuple[nn.Module, ...]
-    entries: list[tuple[dict[str, Any], str, object]]  # that a dict still holds what it held
-    hooks: list[Any]  # dicts that are to be empty
-    weights: list[tuple[Tensor, int, int]]  # with address and version
+    modules: tuple[nn.Module, ...]
+    watched: _Watched
     arguments: Any
 
 
+class _Watched(NamedTuple):
+    """Lists, for ``unchanged`` in csrc/bindings.cpp: in Python, looking takes three times as long."""
+
+    dicts: list[dict[str, Any]]  # that each still holds
+    names: list[str]  # under its name
+    values: list[object]  # what it held; None: or has no such name
+    hooks: list[Any]  # dicts that are to be empty
+    weights: list[Tensor]  # with
+    addresses: list[int]
+    versions: list[int]
+
+
 class Prepared:
-    """Arguments by the blocks they are for.
+    """Arguments of operators, by a key of the caller's.
 
     To look at every layer anew takes longer than to see that nothing has changed.
     Seen are other modules, parameters, sizes and hooks, a ``forward`` put on a module, and weights changed in place or
@@ -27,19 +39,35 @@ class Prepared:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, int], _Kept] = {}  # by the first block and their number
+        self._kept: dict[Hashable, _Kept] = {}
 
-    def arguments(self, blocks: Sequence[nn.Module], x: Tensor, make: Callable[[Sequence[Any], Tensor], Any]) -> Any:
-        """``make(blocks, x)``, or what it gave before; None is not kept."""
-        key = id(blocks[0]), len(blocks)
+    def arguments(
+        self,
+        key: Hashable,
+        modules: Sequence[nn.Module],
+        x: Tensor,
+        make: Callable[[Sequence[Any], Tensor], Any],
+        entries: Iterable[tuple[dict[str, Any], str]] = (),
+    ) -> Any:
+        """``make(modules, x)``, or what it gave before under this key; None is not kept.
+
+        Args:
+            key: whose arguments these are.
+            modules: what they are made from, with all modules in them.
+            x: what they are for; only its dtype counts.
+            make: vectors must go in as they are, or as views: they are not watched.
+            entries: what else they are made from, as dicts with names.
+        """
         kept = self._kept.get(key)
-        if kept is not None and kept.dtype is x.dtype and _unchanged(kept, blocks):
+        known = kept is not None and kept.dtype is x.dtype and kept.modules == tuple(modules)
+        if kept is not None and known and _extension.build_module().unchanged(*kept.watched):
             return kept.arguments
         self._kept.pop(key, None)  # before new ones are packed: twice the weights would be much
-        made = make(blocks, x)
-        # inference tensors have no version that would tell of a change
-        if made is not None and not any(weight.is_inference() for block in blocks for weight in block.parameters()):
-            self._kept[key] = _keep(blocks, x.dtype, made)
+        made = make(modules, x)
+        if made is not None:
+            watched = _watch(modules, entries)
+            if not any(weight.is_inference() for weight in watched.weights):  # those have no version
+                self._kept[key] = _Kept(x.dtype, tuple(modules), watched, made)
         return made
 
     def __deepcopy__(self, memo: Any) -> Prepared:
@@ -49,35 +77,25 @@ class Prepared:
         return Prepared, ()
 
 
-def _unchanged(kept: _Kept, blocks: Sequence[nn.Module]) -> bool:
-    for block, before in zip(blocks, kept.blocks):
-        if block is not before:
-            return False
-    for entries, name, value in kept.entries:
-        if entries.get(name) is not value:
-            return False
-    if any(kept.hooks):
-        return False
-    for weight, address, version in kept.weights:
-        if weight._version != version or weight.data_ptr() != address:
-            return False
-    return True
-
-
-def _keep(blocks: Sequence[nn.Module], dtype: torch.dtype, arguments: Any) -> _Kept:
-    entries: list[tuple[dict[str, Any], str, object]] = []
+def _watch(modules: Sequence[nn.Module], entries: Iterable[tuple[dict[str, Any], str]]) -> _Watched:
+    watched = [(held, name, held.get(name)) for held, name in entries]
     hooks: list[Any] = []
-    weights: list[tuple[Tensor, int, int]] = []
-    for block in blocks:
-        for module in block.modules():
+    for whole in modules:
+        for module in whole.modules():
             state = vars(module)
             hooks += (module._forward_hooks, module._forward_pre_hooks)
             for held in (module._modules, module._parameters):
-                entries += ((held, name, value) for name, value in held.items())  # type: ignore[misc]
-            entries.append((state, "forward", state.get("forward")))
+                watched += ((held, name, value) for name, value in held.items())
+            watched.append((state, "forward", state.get("forward")))
             # of these, nobody reads what a module has none of
-            entries += ((state, name, state[name]) for name in ("eps", "num_heads", "scale") if name in state)
-            for weight in module._parameters.values():
-                if weight is not None:
-                    weights.append((weight, weight.data_ptr(), weight._version))
-    return _Kept(dtype, tuple(blocks), entries, hooks, weights, arguments)
+            watched += ((state, name, state[name]) for name in ("eps", "num_heads", "scale") if name in state)
+    weights = [value for _, _, value in watched if isinstance(value, Tensor) and value.dim() > 1]
+    return _Watched(
+        [held for held, _, _ in watched],
+        [name for _, name, _ in watched],
+        [value for _, _, value in watched],
+        hooks,
+        weights,
+        [weight.data_ptr() for weight in weights],
+        [0 if weight.is_inference() else weight._version for weight in weights],
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, overload
 
@@ -14,6 +14,7 @@ from .._checks import check_real, check_tensor
 from .._register import native_serves
 from ..ragged import RaggedTokens
 from .block import Block
+from .classifier import classify_natively
 from .half_block import blocks_
 from .linear import PackedLinear, linear
 from .method import Method
@@ -124,11 +125,13 @@ class VisionTransformer(nn.Module):
         """
         self.check_images(images)
         recorder = TraceRecorder() if return_trace else None
-        first_rows, tokens, state = self.encode(images, recorder)
-        logits = self.classify(self.method.readout(first_rows, tokens, state).to(images.dtype))
+        offsets, tokens, state = self._encode(images, recorder)
+        logits = self._classify_tokens(tokens.x, offsets) if self.method.reads_class_tokens else None
+        if logits is None:
+            logits = self.classify(self.method.readout(_first_rows(offsets), tokens, state).to(images.dtype))
         if recorder is None:
             return logits
-        return logits, recorder.trace(first_rows, self.method)
+        return logits, recorder.trace(_first_rows(offsets), self.method)
 
     def encode(self, images: Tensor, recorder: TraceRecorder | None = None) -> tuple[Tensor, RaggedTokens, Any]:
         """Embedding and all blocks, as the method has it.
@@ -140,6 +143,11 @@ class VisionTransformer(nn.Module):
         Returns:
             The class tokens' rows (B,), int64; the tokens after the last block; the method's last state.
         """
+        offsets, tokens, state = self._encode(images, recorder)
+        return _first_rows(offsets), tokens, state
+
+    def _encode(self, images: Tensor, recorder: TraceRecorder | None) -> tuple[Tensor, RaggedTokens, Any]:
+        """``encode``, with the offsets of all tokens, (B + 1,), in place of the class tokens' rows."""
         method, inplace = self.method, not torch.is_grad_enabled()
         ragged = method.counts_are_dynamic
         acts_within = type(method).after_attention is not Method.after_attention
@@ -148,14 +156,14 @@ class VisionTransformer(nn.Module):
         readable = self.cls_token.is_cpu and not torch.compiler.is_compiling()
         packs = whole and not inplace and (not ragged or readable)
         tokens, state = method.embed(self, images)
-        first_rows = tokens.cu_seqlens[:-1].long()
+        offsets = tokens.cu_seqlens
         blocks = list(cast("list[Block]", self.blocks))
         native = inplace and all(type(block) is Block for block in blocks)
         # blocks between which nobody looks may run as one operator
         informed = method.informed if native and recorder is None and native_serves(tokens.x) else frozenset()
         done = method.run_blocks_(blocks, tokens, state, self._prepared) if "run_blocks_" in informed else None
         if done is not None:
-            return first_rows, *done
+            return offsets, *done
         index = 0
         while index < len(blocks):
             tokens, state = method.before_block(index, tokens, state)
@@ -183,11 +191,17 @@ class VisionTransformer(nn.Module):
             if recorder is not None:
                 recorder.leave(state)
             index += 1
-        return first_rows, tokens, state
+        return offsets, tokens, state
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Final norm and classifier, (B, D) to (B, num_classes)."""
-        return linear(self.norm(pooled), self.head)
+        logits = self._classify_tokens(pooled, None)
+        return linear(self.norm(pooled), self.head) if logits is None else logits
+
+    def _classify_tokens(self, x: Tensor, offsets: Tensor | None) -> Tensor | None:
+        """Logits of the class tokens, where one operator can read them from the stream (``classify_natively``)."""
+        parts: dict[str, Any] = self._modules
+        return classify_natively(x, offsets, parts["norm"], parts["head"], self._prepared)
 
     def check_images(self, images: Tensor) -> None:
         """Refuse what the model cannot read, in words."""
@@ -204,19 +218,26 @@ class VisionTransformer(nn.Module):
         return RaggedTokens.from_dense(x)
 
     def _embed_natively(self, images: Tensor) -> RaggedTokens | None:
-        embed = self.patch_embed
-        if type(embed) is not PatchEmbed or not is_plain(embed):
+        embed = self._modules["patch_embed"]
+        if type(embed) is not PatchEmbed:
             return None
-        tail = Tail(embed.proj, self.pos_embed, self.config.patch_size, 0)
-        made = self.embed_natively(images, None, [tail])
+
+        def tails() -> list[Tail]:
+            return [Tail(embed.proj, self.pos_embed, self.config.patch_size, 0)] if is_plain(embed) else []
+
+        made = self.embed_natively(images, None, (embed,), tails)
         return None if made is None else RaggedTokens(made[0], None, made[1], 1 + self.config.num_patches)
 
     def embed_natively(
-        self, images: Tensor, chosen: Tensor | None, tails: Sequence[Tail]
+        self,
+        images: Tensor,
+        chosen: Tensor | None,
+        modules: Sequence[nn.Module],
+        tails: Callable[[], Sequence[Tail]],
     ) -> tuple[Tensor, Tensor] | None:
         """``NativeEmbedding``'s, with weights packed once in a model whose linear layers are (``pack_weights``)."""
         keep = type(self._modules["head"]) is PackedLinear
-        return self.native_embedding(images, chosen, self.cls_token, tails, keep)
+        return self.native_embedding(images, chosen, self, modules, tails, keep)
 
     def with_method(self, method: Method) -> VisionTransformer:
         """The same weights, shared, run by another method."""
@@ -228,6 +249,10 @@ class VisionTransformer(nn.Module):
         method.to(device=self.cls_token.device, dtype=self.cls_token.dtype)
         twin.method = method.train(self.training)
         return twin
+
+
+def _first_rows(offsets: Tensor) -> Tensor:
+    return offsets[:-1].long()
 
 
 def _run_packed(

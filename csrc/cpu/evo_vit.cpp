@@ -4,11 +4,27 @@
 // so do those of dead entries (-1). T, H or R may be 0.
 #include <optional>
 
+#include "evo_vit.h"
+
 #include "../checks.h"
 
 #include <torch/csrc/stable/library.h>
 
 namespace mtvit_ops {
+
+void evolve(const float* received, int64_t tokens, int64_t heads, const int32_t* rows, double weight, float* score) {
+  const auto share = static_cast<float>(weight);
+  for (int64_t i = 0; i < tokens; ++i) {
+    float sum = 0.0f;
+    for (int64_t h = 0; h < heads; ++h) sum += received[i * heads + h];
+    const int64_t row = rows ? rows[i] : i;
+    if (row < 0) continue;
+    const float before = score[row], step = sum - before;
+    // as torch.lerp: exact at both ends
+    score[row] = share == 1.0f ? sum : share < 0.5f ? before + share * step : sum - step * (1.0f - share);
+  }
+}
+
 namespace {
 
 Tensor evolve_scores(const Tensor& received, const Tensor& score, std::optional<Tensor> rows, double weight) {
@@ -27,19 +43,7 @@ Tensor evolve_scores(const Tensor& received, const Tensor& score, std::optional<
   const int64_t count = rows ? list.size(0) : num_rows;
   MTVIT_CHECK(tokens == count, "received must have shape (", count, ", H), got ", shape_of(received));
   Tensor evolved = copy_of<1>(score);
-  const auto* live = rows ? data<int32_t>(list) : nullptr;
-  const auto* attention = data<float>(given);
-  auto* out = mutable_data<float>(evolved);
-  const auto share = static_cast<float>(weight);
-  for (int64_t i = 0; i < tokens; ++i) {
-    float sum = 0.0f;
-    for (int64_t h = 0; h < heads; ++h) sum += attention[i * heads + h];
-    const int64_t row = live ? live[i] : i;
-    if (row < 0) continue;
-    const float before = out[row], step = sum - before;
-    // as torch.lerp: exact at both ends
-    out[row] = share == 1.0f ? sum : share < 0.5f ? before + share * step : sum - step * (1.0f - share);
-  }
+  evolve(data<float>(given), tokens, heads, rows ? data<int32_t>(list) : nullptr, weight, mutable_data<float>(evolved));
   return evolved;
 }
 

@@ -8,9 +8,11 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
+#include "halting.h"
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -20,65 +22,78 @@
 namespace mtvit_ops {
 namespace {
 
-struct Gate {
-  float scale, center, bar;  // a token halts once its sum reaches the bar, 1 - eps
-  bool last;
-};
-
 void check_state(const char* name, const Tensor& t, int64_t length, bool counts = false) {
   check_length(name, t, length);
   MTVIT_CHECK(counts ? is_int32(t) : is_float32(t), name, " must be ", counts ? "int32" : "float32");
 }
 
-struct State {
-  float *cumulative, *remainder, *ponder, *score;
-  int32_t* counters;
-  float* share;  // (R,): the weight with which this layer's token enters the output
-};
-
-// One token; true if it lives on.
-bool step_token(const Gate& gate, const State& s, int64_t row, float channel) {
-  const float score = 1.0f / (1.0f + std::exp(-(channel * gate.scale - gate.center)));
-  const float step = gate.last ? 1.0f : score;
-  const float grown = s.cumulative[row] + step;
-  const bool reached = grown > gate.bar, going = grown < gate.bar;
-  s.score[row] = score;
-  s.share[row] = reached ? s.remainder[row] : going ? step : step * 0.0f;  // NaN for NaN
-  s.cumulative[row] = grown;
-  s.ponder[row] += reached ? 1.0f + s.remainder[row] : 1.0f;
-  s.remainder[row] -= step * static_cast<float>(going);  // a NaN stays one
-  s.counters[row] += going;
+// One token, whose share is the weight with which it enters the output; true if it lives on.
+bool step_token(const HaltingTask& t, bool last, int64_t row, float channel, float* share) {
+  const float score = 1.0f / (1.0f + std::exp(-(channel * t.gate_scale - t.gate_center)));
+  const float step = last ? 1.0f : score;
+  const float grown = t.cumulative[row] + step;
+  const bool reached = grown > t.bar, going = grown < t.bar;
+  t.score[row] = score;
+  share[row] = reached ? t.remainder[row] : going ? step : step * 0.0f;  // NaN for NaN
+  t.cumulative[row] = grown;
+  t.ponder[row] += reached ? 1.0f + t.remainder[row] : 1.0f;
+  t.remainder[row] -= step * static_cast<float>(going);  // a NaN stays one
+  t.counters[row] += going;
   return going;
 }
 
 template <typename T>
-void run(const Gate& gate, const State& s, const Tensor& x, const int32_t* rows, const int32_t* cu, int64_t batch,
-         const int32_t* readout, int64_t num_readout, float* output, std::vector<int32_t>& going,
-         std::vector<int32_t>& counts) {
-  const T* values = data<T>(x);
-  const int64_t stride = x.stride(0), d = x.size(1);
+void run(const HaltingTask& t, bool last, std::vector<int32_t>& counts) {
+  const T* values = static_cast<const T*>(t.x);
+  std::vector<float> shares(static_cast<size_t>(t.num_rows), 0.0f);
+  float* share = shares.data();
   constexpr int64_t kImages = 8;  // a thread's least share: an image takes a microsecond
-  torch::stable::parallel_for(0, batch, kImages, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, t.batch, kImages, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      int32_t* out = going.data() + cu[b];
-      for (int64_t i = cu[b]; i < cu[b + 1]; ++i) {
-        const int32_t row = rows ? rows[i] : static_cast<int32_t>(i);
-        if (row >= 0 && step_token(gate, s, row, static_cast<float>(values[row * stride]))) *out++ = row;
+      const int64_t first = t.cu_seqlens[b];
+      int32_t* out = t.next_rows + first;
+      for (int64_t i = first; i < t.cu_seqlens[b + 1]; ++i) {
+        const int32_t row = t.rows ? t.rows[i] : static_cast<int32_t>(i);
+        if (row >= 0 && step_token(t, last, row, static_cast<float>(values[row * t.x_stride]), share)) *out++ = row;
       }
-      counts[b] = static_cast<int32_t>(out - (going.data() + cu[b]));
+      counts[b] = static_cast<int32_t>(out - (t.next_rows + first));
     }
   });
-  torch::stable::parallel_for(0, num_readout, row_grain(d), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, t.num_readout, row_grain(t.d), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      const int64_t row = readout[p];
+      const int64_t row = t.readout_rows[p];
       if (row < 0) continue;
-      const float share = s.share[row];
-      for (int64_t c = 0; c < d; ++c) output[p * d + c] += share * static_cast<float>(values[row * stride + c]);
+      const T* token = values + row * t.x_stride;
+      for (int64_t c = 0; c < t.d; ++c) t.output[p * t.d + c] += share[row] * static_cast<float>(token[c]);
     }
   });
 }
 
 }  // namespace
+
+void halt(const HaltingTask& t, bool last) {
+  std::vector<int32_t> counts(static_cast<size_t>(t.batch));
+  std::fill_n(t.score, t.num_rows, 0.0f);
+  if (t.dtype == Dtype::f32) {
+    run<float>(t, last, counts);
+  } else if (t.dtype == Dtype::bf16) {
+    run<torch::headeronly::BFloat16>(t, last, counts);
+  } else {
+    run<torch::headeronly::Half>(t, last, counts);
+  }
+  // each image's list moves up to the one before it
+  int32_t live = 0;
+  for (int64_t b = 0; b < t.batch; ++b) {
+    const int32_t* from = t.next_rows + t.cu_seqlens[b];
+    t.next_cu_seqlens[b] = live;
+    std::copy(from, from + counts[b], t.next_rows + live);
+    live += counts[b];
+  }
+  t.next_cu_seqlens[t.batch] = live;
+  std::fill(t.next_rows + live, t.next_rows + t.count, -1);
+}
+
+namespace {
 
 void check_halting(const Tensor& x, const Tensor& readout_rows, const Tensor& cumulative, const Tensor& remainder,
                    const Tensor& ponder, const Tensor& counters, const Tensor& output) {
@@ -117,46 +132,38 @@ Halted halting_step(const Tensor& tokens, std::optional<Tensor> rows, const Tens
   check_cu_seqlens("cu_seqlens", offsets, batch, count);
   check_halting(x, readout, cumulative, remainder, ponder, counters, output);
 
-  Tensor new_cumulative = copy_of<1>(cumulative);
-  Tensor new_remainder = copy_of<1>(remainder);
-  Tensor new_ponder = copy_of<1>(ponder);
-  Tensor new_counters = copy_of<1>(counters);
-  Tensor new_output = copy_of<2>(output);
-  Tensor score = empty_float32(std::array{num_rows});
-  Tensor next = empty_int32(std::array{count});
-  Tensor next_cu = empty_int32(std::array{batch + 1});
-
-  std::fill_n(mutable_data<float>(score), num_rows, 0.0f);
-  std::vector<float> share(static_cast<size_t>(num_rows), 0.0f);
-  std::vector<int32_t> going(static_cast<size_t>(count)), counts(static_cast<size_t>(batch));
-  const Gate gate{static_cast<float>(gate_scale), static_cast<float>(gate_center), static_cast<float>(1.0 - eps), last};
-  const State state{mutable_data<float>(new_cumulative), mutable_data<float>(new_remainder),
-                    mutable_data<float>(new_ponder),     mutable_data<float>(score),
-                    mutable_data<int32_t>(new_counters), share.data()};
-  const auto* live = rows ? data<int32_t>(list) : nullptr;
-  const auto call = [&](auto kernel) {
-    kernel(gate, state, x, live, offsets, batch, data<int32_t>(readout), num_readout, mutable_data<float>(new_output),
-           going, counts);
+  HaltingTask t{};
+  const auto fresh = [](Tensor copy, auto& memory) {
+    memory = static_cast<std::decay_t<decltype(memory)>>(copy.data_ptr());
+    return copy;
   };
-  if (dtype == Dtype::f32) {
-    call(run<float>);
-  } else if (dtype == Dtype::bf16) {
-    call(run<torch::headeronly::BFloat16>);
-  } else {
-    call(run<torch::headeronly::Half>);
-  }
-
-  auto* out = mutable_data<int32_t>(next);
-  auto* ends = mutable_data<int32_t>(next_cu);
-  ends[0] = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    ends[b + 1] = ends[b] + counts[b];
-    std::copy_n(going.data() + offsets[b], counts[b], out + ends[b]);
-  }
-  std::fill(out + ends[batch], out + count, -1);
+  const Tensor new_cumulative = fresh(copy_of<1>(cumulative), t.cumulative);
+  const Tensor new_remainder = fresh(copy_of<1>(remainder), t.remainder);
+  const Tensor new_ponder = fresh(copy_of<1>(ponder), t.ponder);
+  const Tensor new_counters = fresh(copy_of<1>(counters), t.counters);
+  const Tensor new_output = fresh(copy_of<2>(output), t.output);
+  const Tensor score = fresh(empty_float32(std::array{num_rows}), t.score);
+  const Tensor next = fresh(empty_int32(std::array{count}), t.next_rows);
+  const Tensor next_cu = fresh(empty_int32(std::array{batch + 1}), t.next_cu_seqlens);
+  t.dtype = dtype;
+  t.x = x.data_ptr();
+  t.num_rows = num_rows;
+  t.d = x.size(1);
+  t.x_stride = x.stride(0);
+  t.rows = rows ? data<int32_t>(list) : nullptr;
+  t.cu_seqlens = offsets;
+  t.batch = batch;
+  t.count = count;
+  t.readout_rows = data<int32_t>(readout);
+  t.num_readout = num_readout;
+  t.gate_scale = static_cast<float>(gate_scale);
+  t.gate_center = static_cast<float>(gate_center);
+  t.bar = static_cast<float>(1.0 - eps);
+  halt(t, last);
   return {new_cumulative, new_remainder, new_ponder, new_counters, new_output, score, next, next_cu};
 }
 
+}  // namespace
 }  // namespace mtvit_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {

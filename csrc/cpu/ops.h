@@ -22,15 +22,6 @@ void scatter_residual_(Tensor x, std::optional<Tensor> rows, const Tensor& y, st
 // State, scores, rows and offsets after a layer.
 using Halted = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Halted halting_step(const Tensor& tokens, std::optional<Tensor> rows, const Tensor& cu_seqlens,
-                    const Tensor& readout_rows, const Tensor& cumulative, const Tensor& remainder, const Tensor& ponder,
-                    const Tensor& counters, const Tensor& output, double gate_scale, double gate_center, double eps,
-                    bool last);
-
-// What it asks of readout rows and state.
-void check_halting(const Tensor& x, const Tensor& readout_rows, const Tensor& cumulative, const Tensor& remainder,
-                   const Tensor& ponder, const Tensor& counters, const Tensor& output);
-
 // Queries, keys and values of all heads, (T, 3 * H * d), contiguous, and where images begin, (batch + 1,).
 struct PackedQkv {
   Dtype dtype;

@@ -9,6 +9,7 @@ namespace mtvit_ops {
 namespace {
 
 constexpr int64_t kWorthThreads = 1 << 19;  // multiplications, some 20 microseconds: fewer wake no other thread
+constexpr int64_t kTokensAWeight = 8;       // that are multiplied while the weights for one come from memory
 
 int64_t num_panels(int64_t n) {
   return (n + kernels().panel_columns - 1) / kernels().panel_columns;
@@ -101,7 +102,8 @@ void run_linear(const LinearTask& t, int64_t tokens) {
   const int64_t blocks = (tokens + fitting - 1) / fitting, most = (tokens + blocks - 1) / blocks;
   const bool copies = t.norm_weight != nullptr || t.dtype != Dtype::f32;
   const int64_t unit = most * native.panel_columns * std::max<int64_t>(t.k, 1);
-  const int64_t grain = tokens * t.n * t.k < kWorthThreads ? blocks * panels : std::max<int64_t>(32768 / unit, 1);
+  const int64_t work = std::max(tokens, kTokensAWeight) * t.n * t.k;
+  const int64_t grain = work < kWorthThreads ? blocks * panels : std::max<int64_t>(32768 / unit, 1);
   torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t begin, int64_t end) {
     Buffer large;
     float* scratch = thread_scratch(linear_scratch_floats(most, copies ? t.k : 0), large);

@@ -71,28 +71,33 @@ class AViT(Method):
     def counts_are_dynamic(self) -> bool:
         return True
 
-    def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, AViTState]:
-        tokens = model.embed(images)
-        readout_rows = tokens.cu_seqlens[:-1]
-        halting = initial_halting_state(tokens.x, readout_rows)
-        return tokens, AViTState(halting, halting.cumulative, readout_rows, len(model.blocks))
+    def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, None]:
+        return model.embed(images), None  # the blocks' operator begins its own state
 
     def run_blocks_(
-        self, blocks: Sequence[Block], tokens: RaggedTokens, state: AViTState, prepared: Prepared
-    ) -> tuple[RaggedTokens, AViTState] | None:
+        self, index: int, blocks: Sequence[Block], tokens: RaggedTokens, state: AViTState | None, prepared: Prepared
+    ) -> tuple[int, RaggedTokens, AViTState] | None:
         config = self.config
-        if config.stop_with_class or tokens.rows is not None:
+        if config.stop_with_class or state is not None or tokens.rows is not None:
             return None
         gate = float(config.gate_scale), float(config.gate_center), float(config.eps)
-        done = halting_blocks_(blocks, tokens, prepared, state.readout_rows, *state.halting, *gate)
+        done = halting_blocks_(blocks, tokens, prepared, *gate)
         if done is None:
             return None
         *sums, scores, rows, offsets = done
+        state = AViTState(HaltingState(*sums), scores, tokens.cu_seqlens[:-1], len(blocks))
         tokens = RaggedTokens(tokens.x, rows, offsets, tokens.max_seqlen, tokens.num_prefix_tokens)
-        return tokens, state._replace(halting=HaltingState(*sums), scores=scores)
+        return len(blocks), tokens, state
 
-    def after_block(self, index: int, tokens: RaggedTokens, state: AViTState) -> tuple[RaggedTokens, AViTState]:
+    def after_block(
+        self, index: int, tokens: RaggedTokens, state: AViTState | None
+    ) -> tuple[RaggedTokens, AViTState]:
         config = self.config
+        if state is None:  # everyone lives yet
+            assert self.model_config is not None
+            readout_rows = tokens.cu_seqlens[:-1]
+            halting = initial_halting_state(tokens.x, readout_rows)
+            state = AViTState(halting, halting.cumulative, readout_rows, self.model_config.depth)
         # the operator itself, not its door: the state is its own
         *sums, scores, rows, offsets = _halting_step(
             *(tokens.x, tokens.rows, tokens.cu_seqlens, state.readout_rows, *state.halting),

@@ -144,7 +144,7 @@ class MTViT(Method):
     def tokenise(self, model: VisionTransformer, images: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
         """Each image through its tail (B,) int32: what ``ragged_patch_embed`` gives."""
         own: dict[str, Any] = self._modules  # a module's attribute look-up would cost more than the check
-        parts = own["projections"], own["pos_embeds"], model._modules["patch_embed"]
+        parts = own["projections"], own["pos_embeds"], model.patch_embed
         native = model.embed_natively(images, tail, parts, lambda: self._tails(model))
         if native is not None:
             return native

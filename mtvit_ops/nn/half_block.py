@@ -26,6 +26,7 @@ class _Halves(NamedTuple):
     feed_forward: Callable[..., None]
     block: Callable[..., Tensor]
     blocks: Callable[..., None]
+    scored_blocks: Callable[..., Tensor]
     halting_blocks: Callable[..., Any]
 
 
@@ -79,11 +80,26 @@ def blocks_(blocks: Sequence[Block], tokens: RaggedTokens, prepared: Prepared) -
     return True
 
 
+def scored_blocks_(
+    blocks: Sequence[Block], tokens: RaggedTokens, prepared: Prepared, score: Tensor, tradeoffs: Sequence[float]
+) -> Tensor | None:
+    """One block after the other, and Evo-ViT's score (R,) behind each whose tradeoff is not negative.
+
+    None: it cannot serve here, and nothing was done.
+    """
+    halves = _halves_for(tokens.x)
+    given = None if halves is None else _prepared_arguments(blocks, tokens.x, prepared)
+    if halves is None or given is None:
+        return None
+    return halves.scored_blocks(
+        *(tokens.x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, *given, score, tradeoffs)
+    )
+
+
 def halting_blocks_(blocks: Sequence[Block], tokens: RaggedTokens, prepared: Prepared, *halting: Any) -> Any:
     """One block after the other on all tokens, A-ViT's halting step behind each; what the last one gives.
 
-    ``halting``: readout rows, the five parts of the state, gate_scale, gate_center and eps. None: it cannot serve here,
-    and nothing was done.
+    ``halting``: gate_scale, gate_center and eps. None: it cannot serve here, and nothing was done.
     """
     halves = _halves_for(tokens.x)
     given = None if halves is None else _prepared_arguments(blocks, tokens.x, prepared)
@@ -154,7 +170,8 @@ def _native_halves(panels: bool = False) -> _Halves | None:
         _backend.say_once(logging.INFO, f"blocks run as single operators on the CPU, since {missing}")
         return None
     return _Halves(
-        *map(native_operator, ("attention_half_", "feed_forward_half_", "block_", "blocks_", "halting_blocks_"))
+        *map(native_operator, ("attention_half_", "feed_forward_half_", "block_")),
+        *map(native_operator, ("blocks_", "scored_blocks_", "halting_blocks_")),
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from ..ragged import RaggedTokens
+from .half_block import blocks_
 
 if TYPE_CHECKING:
     from .prepared import Prepared
@@ -28,16 +29,15 @@ class Method(nn.Module):
     # whether after_attention looks at nothing but the scores and the list of rows, and changes no tokens
     reads_scores_only: ClassVar[bool] = False
 
-    # which of quiet_until and run_blocks_ know all points of the class: none was overridden below where they come from
-    informed: ClassVar[frozenset[str]] = frozenset()
+    # whether run_blocks_ knows all points of the class: none was overridden below where it comes from
+    runs_blocks: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.informed = frozenset(
-            name
-            for name in ("quiet_until", "run_blocks_")
-            if all(issubclass(_owner(cls, name), _owner(cls, point)) for point in _POINTS)
-        )
+        owner = _owner(cls, "run_blocks_")
+        if owner is Method:  # what it knows is what quiet_until says
+            owner = _owner(cls, "quiet_until")
+        cls.runs_blocks = all(issubclass(owner, _owner(cls, point)) for point in _POINTS)
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -84,13 +84,17 @@ class Method(nn.Module):
         return 0 if self.model_config is None else self.model_config.depth
 
     def run_blocks_(
-        self, blocks: Sequence[Any], tokens: RaggedTokens, state: Any, prepared: Prepared
-    ) -> tuple[RaggedTokens, Any] | None:
-        """All blocks at once, in place, in inference without a trace; None: they run one by one.
+        self, index: int, blocks: Sequence[Any], tokens: RaggedTokens, state: Any, prepared: Prepared
+    ) -> tuple[int, RaggedTokens, Any] | None:
+        """Behind ``before_block(index)``: several of the ``blocks`` at once from this one on, in place, in inference
+        without a trace, and all that the method does behind each; here those of ``quiet_until``.
 
-        Not asked where a subclass has points of its own.
+        The first block that is still to run comes back, with tokens and state; None: this one must run by itself. Not
+        asked where a subclass has points of its own.
         """
-        return None
+        until = self.quiet_until(index)
+        done = until > index and blocks_(blocks[index:until], tokens, prepared)
+        return (until, tokens, state) if done else None
 
     def after_block(self, index: int, tokens: RaggedTokens, state: Any) -> tuple[RaggedTokens, Any]:
         """Act after block ``index``."""

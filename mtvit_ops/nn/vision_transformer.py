@@ -15,7 +15,6 @@ from .._register import native_serves
 from ..ragged import RaggedTokens
 from .block import Block
 from .classifier import classify_natively
-from .half_block import blocks_
 from .linear import PackedLinear, linear
 from .method import Method
 from .patch_embed import NativeEmbedding, PatchEmbed, Tail
@@ -160,16 +159,13 @@ class VisionTransformer(nn.Module):
         blocks = list(cast("list[Block]", self.blocks))
         native = inplace and all(type(block) is Block for block in blocks)
         # blocks between which nobody looks may run as one operator
-        informed = method.informed if native and recorder is None and native_serves(tokens.x) else frozenset()
-        done = method.run_blocks_(blocks, tokens, state, self._prepared) if "run_blocks_" in informed else None
-        if done is not None:
-            return offsets, *done
+        runs = method.runs_blocks and native and recorder is None and native_serves(tokens.x)
         index = 0
         while index < len(blocks):
             tokens, state = method.before_block(index, tokens, state)
-            until = method.quiet_until(index) if "quiet_until" in informed else index
-            if until > index and blocks_(blocks[index:until], tokens, self._prepared):
-                index = until
+            ran_on = method.run_blocks_(index, blocks, tokens, state, self._prepared) if runs else None
+            if ran_on is not None:
+                index, tokens, state = ran_on
                 continue
             block = blocks[index]
             if recorder is not None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mtvit_ops
 from mtvit_ops import _backend, pack_weights
 from mtvit_ops._cpu_linear import linear_dtypes, panel_dtypes
-from mtvit_ops.methods import AViT, Dense, EvoViT
+from mtvit_ops.methods import AViT, EvoViT, Life
 from mtvit_ops.nn import Block, half_block
 from mtvit_ops.nn.prepared import Prepared
 from mtvit_ops.ops.varlen_attention import SCORES
@@ -115,7 +115,7 @@ def test_a_model_in_place_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {
         "vit_tiny_patch16_224": ["blocks"],
         "avit_tiny_patch16_224": ["halting_blocks"],
-        "evovit_tiny_patch16_224": ["blocks", "block", "block", "block", "blocks"],
+        "evovit_tiny_patch16_224": ["scored_blocks"] * 3,
         "lifevit_tiny_patch16_224": ["blocks"] * 3,
     }
     options: dict[str, dict[str, int]] = {"lifevit_tiny_patch16_224": {"base_block": 2}}
@@ -128,7 +128,7 @@ def test_a_model_in_place_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, _ = run("evovit_tiny_patch16_224")
     # as if it acted between the halves, and somewhere nobody knows
     monkeypatch.setattr(EvoViT, "reads_scores_only", False)
-    monkeypatch.setattr(EvoViT, "informed", frozenset())
+    monkeypatch.setattr(EvoViT, "runs_blocks", False)
     halves, called = run("evovit_tiny_patch16_224")
     assert called == ["attention", "feed_forward"] * 6
     assert_equal("logits", logits, halves)
@@ -141,9 +141,9 @@ def test_a_subclass_with_points_of_its_own_is_asked_at_each_block() -> None:
             return super().after_block(index, tokens, state)
 
     asked: list[int] = []
-    assert AViT.informed == {"run_blocks_"}  # quiet_until is Method's, which knows nothing of halting
-    assert Counting.informed == frozenset()
-    assert Dense.informed == {"quiet_until", "run_blocks_"}
+    assert AViT.runs_blocks
+    assert Life.runs_blocks  # its quiet_until knows
+    assert not Counting.runs_blocks
     model = mtvit_ops.create_model("avit_tiny_patch16_224", img_size=64, depth=3).eval()
     images = torch.randn(2, 3, 64, 64)
     other = model.with_method(Counting(model.method.config)).eval()

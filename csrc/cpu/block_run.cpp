@@ -41,8 +41,8 @@ class Blocks {
 
   size_t count() const { return weights_.size() / kParts; }
 
-  void run(size_t i, const Tensor& x, const std::optional<Tensor>& rows, const Stream& stream,
-           const Offsets& offsets, int64_t scores = 0, float* received = nullptr) const {
+  void run(size_t i, const Tensor& x, const std::optional<Tensor>& rows, const Stream& stream, const Offsets& offsets,
+           int64_t scores = 0, float* received = nullptr) const {
     if (!panels_.empty()) {
       panels_[i].first.run(stream, offsets, scores, received);
       panels_[i].second.run(stream);

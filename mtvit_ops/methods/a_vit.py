@@ -89,9 +89,7 @@ class AViT(Method):
         tokens = RaggedTokens(tokens.x, rows, offsets, tokens.max_seqlen, tokens.num_prefix_tokens)
         return len(blocks), tokens, state
 
-    def after_block(
-        self, index: int, tokens: RaggedTokens, state: AViTState | None
-    ) -> tuple[RaggedTokens, AViTState]:
+    def after_block(self, index: int, tokens: RaggedTokens, state: AViTState | None) -> tuple[RaggedTokens, AViTState]:
         config = self.config
         if state is None:  # everyone lives yet
             assert self.model_config is not None

@@ -55,11 +55,18 @@ class LifeConfig:
         check_real("temperature", self.temperature, 0.0, math.inf, open_low=True)
 
 
+class Stage(NamedTuple):
+    """The longest-lived tokens of all images, equally many of each."""
+
+    rows: Tensor  # (B * budget,) int32, class token first, then by falling life
+    cu_seqlens: Tensor  # (B + 1,) int32
+
+
 class LifeState(NamedTuple):
     """Between two blocks."""
 
     lives: Tensor | None  # (B, N) float32 (float64 for float64), from the base block on
-    images: Tensor | None  # (B + 1,) int32, 0 to B: what a stage's offsets are made of
+    stages: tuple[Stage | None, ...] = ()  # of budgets, in their order; None: everyone
 
 
 def stage_budgets(num_tokens: int, keep_ratio: float) -> tuple[int, ...]:
@@ -118,31 +125,22 @@ class Life(Method):
             self.weight = nn.Parameter(torch.rand(sizes.embed_dim, sizes.embed_dim))
 
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, LifeState]:
-        return model.embed(images), LifeState(None, None)
+        return model.embed(images), LifeState(None)
 
     def before_block(self, index: int, tokens: RaggedTokens, state: LifeState) -> tuple[RaggedTokens, LifeState]:
-        base = self.config.base_block
-        if index == base:
-            lives = self.lives(tokens.x.reshape(tokens.num_images, tokens.max_seqlen, tokens.x.shape[1]))
-            state = LifeState(lives, torch.arange(tokens.num_images + 1, dtype=torch.int32, device=lives.device))
-        if index < base:
+        if index == self.config.base_block:
+            state = self._begin(tokens)
+        if state.lives is None:
             return tokens, state
-        assert state.lives is not None
         if self.config.mode == "threshold":
             return self._outliving(index, tokens, state.lives), state
-        if index == base:
-            return self._longest_lived(tokens, state.lives), state
-        if index in self.starts:
-            # the list stands in the order of lives: the next stage is its head
-            budget = self.budgets[self.starts.index(index)]
-            batch = tokens.num_images
-            rows = tokens.rows
-            if rows is None:  # nothing has been dropped yet, so there is no order yet
-                return self._longest_lived(tokens, state.lives, budget), state
-            rows = rows.reshape(batch, -1)[:, :budget].reshape(-1) if batch else rows
-            assert state.images is not None
-            return tokens._replace(rows=rows, cu_seqlens=state.images * budget, max_seqlen=budget), state
-        return tokens, state
+        if index not in self.starts:
+            return tokens, state
+        number = self.starts.index(index)
+        stage = state.stages[number]
+        if stage is None:
+            return tokens, state
+        return RaggedTokens(tokens.x, *stage, self.budgets[number], tokens.num_prefix_tokens), state
 
     def quiet_until(self, index: int) -> int:
         if self.config.mode == "threshold":  # every block behind the lives may drop tokens
@@ -173,21 +171,35 @@ class Life(Method):
         assert lives is not None
         return {"lives": lives}
 
-    def _longest_lived(self, tokens: RaggedTokens, lives: Tensor, budget: int | None = None) -> RaggedTokens:
-        budget = self.budgets[0] if budget is None else budget
-        if budget == tokens.max_seqlen:
-            return tokens
-        scores = F.pad(lives, (1, 0)).reshape(-1)  # the class token is protected, whatever its score
+    def _begin(self, tokens: RaggedTokens) -> LifeState:
+        """Lives, and in budget mode the lists of all stages."""
+        x = tokens.x.reshape(tokens.num_images, tokens.max_seqlen, tokens.x.shape[1])
+        if self.config.mode == "threshold":
+            return LifeState(self.lives(x))
+        shorter = tuple(budget for budget in self.budgets if budget < tokens.max_seqlen)  # the last ones, if any
+        everyone = (None,) * (len(self.budgets) - len(shorter))
+        if native_serves(x) and self.weight.dtype is x.dtype:
+            schedule = self.mean, self.std, self.config.base_block, self.depth
+            lives, rows, offsets = native_kernel("longest_lived")(x, self.weight, *schedule, shorter)
+            parts = rows.split([tokens.num_images * budget for budget in shorter])
+            return LifeState(lives, (*everyone, *map(Stage, parts, offsets.unbind())))
+        lives = self.lives(x)
+        if not shorter:
+            return LifeState(lives, everyone)
+        # one sort: the list of a later stage is the head of an earlier one's, image by image
         selection = token_select(
-            scores,
+            F.pad(lives, (1, 0)).reshape(-1),  # the class token is protected, whatever its score
             None,
             tokens.cu_seqlens,
-            keep=budget,
+            keep=shorter[0],
             num_prefix_tokens=1,
             order="score",
             max_seqlen=tokens.max_seqlen,
         )
-        return tokens.select(selection, budget)
+        rows = selection.rows.reshape(tokens.num_images, shorter[0])
+        images = torch.arange(tokens.num_images + 1, dtype=torch.int32, device=x.device)
+        stages = (Stage(rows[:, :budget].reshape(-1), images * budget) for budget in shorter)
+        return LifeState(lives, (*everyone, *stages))
 
     def _outliving(self, index: int, tokens: RaggedTokens, lives: Tensor) -> RaggedTokens:
         scores = F.pad(lives, (1, 0)).reshape(-1)

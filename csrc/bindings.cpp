@@ -67,7 +67,7 @@ std::vector<std::vector<int64_t>> pack_greedy(const Lengths& lengths, int64_t bu
 }
 
 // Of nn/prepared.py: whether dicts still hold what they held (None: or have no such name), the hooks are empty, and
-// weights lie where they lay and have the version they had. Lists of references and no struct of them, so that Python's
+// weights lie where they lay (the first ones: those with an address) and have the version they had. Lists of references and no struct of them, so that Python's
 // garbage collector sees what is held.
 bool unchanged(const py::list& dicts, const py::list& names, const py::list& values, const py::list& hooks,
                const py::list& weights, const py::list& addresses, const py::list& versions) {
@@ -95,6 +95,7 @@ bool unchanged(const py::list& dicts, const py::list& names, const py::list& val
   for (py::ssize_t i = 0; i < PyList_Size(weights.ptr()); ++i) {
     PyObject* weight = at(weights, i);
     if (!equals(PyObject_GetAttr(weight, version), at(versions, i))) return false;
+    if (i >= PyList_Size(addresses.ptr())) continue;
     if (!equals(PyObject_CallMethodObjArgs(weight, data_ptr, nullptr), at(addresses, i))) return false;
   }
   return true;

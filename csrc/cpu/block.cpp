@@ -53,13 +53,17 @@ void check_feed_forward_half(const Tensor& x, int64_t tokens, const FeedForwardW
               "), got ", shape_of(w.fc2.weight));
 }
 
+PanelAttention::PanelAttention(PanelNorm norm, PanelLayer qkv, PanelLayer proj, int64_t heads, double scale)
+    : norm_(std::move(norm)),
+      qkv_(std::move(qkv)),
+      proj_(std::move(proj)),
+      heads_(heads),
+      d_(qkv_.n / 3 / heads),
+      scale_(scale) {}
+
 PanelAttention::PanelAttention(const AttentionWeights& w)
-    : norm_(w.norm.weight, w.norm.bias, w.norm.eps),
-      qkv_(w.qkv.weight, w.qkv.bias),
-      proj_(w.proj.weight, w.proj.bias),
-      heads_(w.heads),
-      d_(qkv_.n / 3 / w.heads),
-      scale_(w.scale) {}
+    : PanelAttention(PanelNorm(w.norm.weight, w.norm.bias, w.norm.eps), PanelLayer(w.qkv.weight, w.qkv.bias),
+                     PanelLayer(w.proj.weight, w.proj.bias), w.heads, w.scale) {}
 
 void PanelAttention::run(const Stream& stream, const Offsets& offsets, int64_t scores, float* received) const {
   Buffer large_qkv, large_out;
@@ -72,7 +76,8 @@ void PanelAttention::run(const Stream& stream, const Offsets& offsets, int64_t s
 }
 
 PanelFeedForward::PanelFeedForward(const FeedForwardWeights& w)
-    : norm_(w.norm.weight, w.norm.bias, w.norm.eps), fc1_(w.fc1.weight, w.fc1.bias), fc2_(w.fc2.weight, w.fc2.bias) {}
+    : PanelFeedForward(PanelNorm(w.norm.weight, w.norm.bias, w.norm.eps), PanelLayer(w.fc1.weight, w.fc1.bias),
+                       PanelLayer(w.fc2.weight, w.fc2.bias)) {}
 
 void PanelFeedForward::run(const Stream& stream) const {
   Buffer large;

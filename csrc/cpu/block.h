@@ -1,6 +1,7 @@
 // A transformer block on the CPU, in place: its weights as operators get them, and its two halves.
 #pragma once
 #include <optional>
+#include <utility>
 
 #include "ops.h"
 #include "panel_layers.h"
@@ -49,6 +50,7 @@ void check_feed_forward_half(const Tensor& x, int64_t tokens, const FeedForwardW
 class PanelAttention {
  public:
   explicit PanelAttention(const AttentionWeights& weights);
+  PanelAttention(PanelNorm norm, PanelLayer qkv, PanelLayer proj, int64_t heads, double scale);
 
   // x[rows] += proj(attention(qkv(layer_norm(x[rows])))); received (T, H) where scores asks for them.
   void run(const Stream& stream, const Offsets& offsets, int64_t scores = 0, float* received = nullptr) const;
@@ -63,6 +65,8 @@ class PanelAttention {
 class PanelFeedForward {
  public:
   explicit PanelFeedForward(const FeedForwardWeights& weights);
+  PanelFeedForward(PanelNorm norm, PanelLayer fc1, PanelLayer fc2)
+      : norm_(std::move(norm)), fc1_(std::move(fc1)), fc2_(std::move(fc2)) {}
 
   // x[rows] += fc2(gelu(fc1(layer_norm(x[rows])))).
   void run(const Stream& stream) const;

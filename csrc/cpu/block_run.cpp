@@ -1,15 +1,14 @@
 // Several blocks on the CPU, in place, in one call: those of block.h one after the other, and A-ViT's halting step or
 // Evo-ViT's scores behind each. What Python does between two blocks is little, but it does it on caches that a block
 // has filled with weights.
-//   x (R, D), rows (T,) or none (T = R), cu_seqlens (B + 1,); weights: twelve tensors a block, see kParts
+//   x (R, D), rows (T,) or none (T = R), cu_seqlens (B + 1,); weights and layout: see blocks.h
 #include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
-#include <utility>
 #include <vector>
 
-#include "block.h"
+#include "blocks.h"
 #include "evo_vit.h"
 #include "halting.h"
 
@@ -18,61 +17,10 @@
 namespace mtvit_ops {
 namespace {
 
-constexpr size_t kParts = 12;  // weight and bias of norm1, qkv, proj, norm2, fc1, fc2
-
-// Blocks of one kind; refuses whatever one of them would refuse but for its tokens, before the first one writes.
-class Blocks {
- public:
-  Blocks(const Tensor& x, const std::optional<Tensor>& rows, const std::vector<Tensor>& weights, double eps,
-         int64_t heads, double scale, bool panels)
-      : weights_(weights), eps_(eps), heads_(heads), scale_(scale) {
-    MTVIT_CHECK(weights.size() % kParts == 0, "weights must be ", kParts, " a block, got ", weights.size());
-    check_dim("x", x, 2, "(R, D)");
-    if (rows) check_dim("rows", *rows, 1, "(T,)");
-    const int64_t tokens = rows ? rows->size(0) : x.size(0);
-    for (size_t i = 0; i < count(); ++i) {
-      check_attention_half(x, tokens, attention(i), 0, panels);
-      check_feed_forward_half(x, tokens, feed_forward(i), panels);
-    }
-    if (!panels) return;
-    panels_.reserve(count());
-    for (size_t i = 0; i < count(); ++i) panels_.emplace_back(attention(i), feed_forward(i));
-  }
-
-  size_t count() const { return weights_.size() / kParts; }
-
-  void run(size_t i, const Tensor& x, const std::optional<Tensor>& rows, const Stream& stream, const Offsets& offsets,
-           int64_t scores = 0, float* received = nullptr) const {
-    if (!panels_.empty()) {
-      panels_[i].first.run(stream, offsets, scores, received);
-      panels_[i].second.run(stream);
-    } else {
-      onednn_attention_half(x, rows, offsets, attention(i), scores, received);
-      onednn_feed_forward_half(x, rows, feed_forward(i));
-    }
-  }
-
- private:
-  AttentionWeights attention(size_t i) const {
-    const Tensor* w = &weights_[i * kParts];
-    return {{w[0], w[1], eps_}, {w[2], &w[3]}, heads_, scale_, {w[4], &w[5]}};
-  }
-
-  FeedForwardWeights feed_forward(size_t i) const {
-    const Tensor* w = &weights_[i * kParts];
-    return {{w[6], w[7], eps_}, {w[8], &w[9]}, {w[10], &w[11]}};
-  }
-
-  const std::vector<Tensor>& weights_;
-  const double eps_;
-  const int64_t heads_;
-  const double scale_;
-  std::vector<std::pair<PanelAttention, PanelFeedForward>> panels_;
-};
-
 void blocks_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
-             const std::vector<Tensor>& weights, double eps, int64_t heads, double scale, bool panels) {
-  const Blocks blocks(x, rows, weights, eps, heads, scale, panels);
+             const std::vector<Tensor>& weights, double eps, int64_t heads, double scale, bool panels,
+             const std::vector<int64_t>& layout) {
+  const Blocks blocks(x, rows, weights, eps, heads, scale, panels, layout);
   const Stream stream(x, rows);
   const Offsets offsets(cu_seqlens, max_seqlen, stream.tokens);
   for (size_t i = 0; i < blocks.count(); ++i) blocks.run(i, x, rows, stream, offsets);
@@ -81,8 +29,8 @@ void blocks_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int
 // The same, and Evo-ViT's scores (R,) behind each block whose tradeoff is not negative.
 Tensor scored_blocks_(Tensor x, std::optional<Tensor> rows, const Tensor& cu_seqlens, int64_t max_seqlen,
                       const std::vector<Tensor>& weights, double eps, int64_t heads, double scale, bool panels,
-                      const Tensor& score, const std::vector<double>& tradeoffs) {
-  const Blocks blocks(x, rows, weights, eps, heads, scale, panels);
+                      const std::vector<int64_t>& layout, const Tensor& score, const std::vector<double>& tradeoffs) {
+  const Blocks blocks(x, rows, weights, eps, heads, scale, panels, layout);
   const Stream stream(x, rows);
   const Offsets offsets(cu_seqlens, max_seqlen, stream.tokens);
   check_length("score", score, stream.num_rows);
@@ -113,9 +61,9 @@ Tensor head_of(const Tensor& list, int64_t count) {
 
 // All blocks on all tokens; the class tokens are what is read out.
 Halted halting_blocks_(Tensor x, const Tensor& cu_seqlens, int64_t max_seqlen, const std::vector<Tensor>& weights,
-                       double eps, int64_t heads, double scale, bool panels, double gate_scale, double gate_center,
-                       double halt_eps) {
-  const Blocks blocks(x, std::nullopt, weights, eps, heads, scale, panels);
+                       double eps, int64_t heads, double scale, bool panels, const std::vector<int64_t>& layout,
+                       double gate_scale, double gate_center, double halt_eps) {
+  const Blocks blocks(x, std::nullopt, weights, eps, heads, scale, panels, layout);
   MTVIT_CHECK(blocks.count() > 0, "weights must be those of at least one block");
   MTVIT_CHECK(x.size(1) >= 1, "x must have at least one channel, got ", shape_of(x));
   Stream stream(x, std::nullopt);
@@ -169,24 +117,50 @@ Halted halting_blocks_(Tensor x, const Tensor& cu_seqlens, int64_t max_seqlen, c
   return {cumulative, remainder, ponder, counters, output, score, head_of(lists[last], stream.tokens), ends[last]};
 }
 
+// Weights (N, K), N a multiple of a panel's columns, one behind the other as pack_panels packs each: what Blocks reads
+// with a layout. In memory of large pages where the system has them: weights come from far, and each page costs a walk.
+Tensor pack_run(const std::vector<Tensor>& weights) {
+  MTVIT_CHECK(!weights.empty(), "weights must hold at least one, got none");
+  const int64_t columns = kernels().panel_columns;
+  int64_t total = 0;
+  for (const Tensor& weight : weights) {
+    check_dim("weights", weight, 2, "(N, K)");
+    check_dtype("weights", weight);
+    MTVIT_CHECK(same_dtype(weight, weights[0]), "weights must have one dtype");
+    MTVIT_CHECK(weight.size(0) % columns == 0, "weights must have a multiple of ", columns, " rows, got ",
+                shape_of(weight));
+    total += weight.numel();
+  }
+  const auto element = static_cast<int64_t>(weights[0].element_size());
+  Tensor panels = empty_on_large_pages(weights[0], total);
+  char* to = mutable_data<char>(panels);
+  for (const Tensor& weight : weights) {
+    Panels::pack(weight, to);
+    to += weight.numel() * element;
+  }
+  return panels;
+}
+
 }  // namespace
 }  // namespace mtvit_ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
+  m.def("pack_run(Tensor[] weights) -> Tensor");
   m.def(
       "blocks_(Tensor(a!) x, Tensor? rows, Tensor cu_seqlens, int max_seqlen, Tensor[] weights, float eps, int heads, "
-      "float scale, bool panels) -> ()");
+      "float scale, bool panels, int[] layout) -> ()");
   m.def(
       "scored_blocks_(Tensor(a!) x, Tensor? rows, Tensor cu_seqlens, int max_seqlen, Tensor[] weights, float eps, "
-      "int heads, float scale, bool panels, Tensor score, float[] tradeoffs) -> Tensor score");
+      "int heads, float scale, bool panels, int[] layout, Tensor score, float[] tradeoffs) -> Tensor score");
   m.def(
       "halting_blocks_(Tensor(a!) x, Tensor cu_seqlens, int max_seqlen, Tensor[] weights, float eps, int heads, "
-      "float scale, bool panels, float gate_scale, float gate_center, float halt_eps) -> "
+      "float scale, bool panels, int[] layout, float gate_scale, float gate_center, float halt_eps) -> "
       "(Tensor cumulative, Tensor remainder, Tensor ponder, Tensor counters, Tensor output, Tensor score, Tensor rows, "
       "Tensor cu_seqlens)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
+  m.impl("pack_run", TORCH_BOX(&mtvit_ops::pack_run));
   m.impl("blocks_", TORCH_BOX(&mtvit_ops::blocks_));
   m.impl("scored_blocks_", TORCH_BOX(&mtvit_ops::scored_blocks_));
   m.impl("halting_blocks_", TORCH_BOX(&mtvit_ops::halting_blocks_));

@@ -8,6 +8,10 @@
 #include <utility>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "../checks.h"
 
 namespace mtvit_ops {
@@ -65,6 +69,28 @@ inline void* kept_memory(Place place, int64_t bytes, Buffer& large) {
   }
   thread_local std::array<Kept, 4> places;
   return places[static_cast<size_t>(place)].of(floats);
+}
+
+// An uninitialised vector of `like`'s dtype; where it is large, the system is asked for large pages, and it begins with
+// one.
+inline Tensor empty_on_large_pages(const Tensor& like, int64_t count) {
+#ifdef MADV_HUGEPAGE
+  constexpr int64_t kPage = int64_t{2} << 20;
+  const auto element = static_cast<int64_t>(like.element_size()), bytes = count * element;
+  if (bytes >= kPage) {
+    const Tensor whole = empty_as(like, std::array{count + kPage / element});
+    auto* const memory = static_cast<char*>(whole.data_ptr());
+    const int64_t before = round_up(static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory)), kPage) -
+                           static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory));
+    madvise(memory + before, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // advice: a refusal changes no result
+    const std::array<int64_t, 1> sizes{count}, strides{1};
+    AtenTensorHandle out = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(whole.get(), 1, sizes.data(), strides.data(), before / element, &out));
+    return Tensor(out);
+  }
+#endif
+  return empty_as(like, std::array{count});
 }
 
 // A CPU tensor whose memory the caller holds.

@@ -2,6 +2,7 @@
 // to ask a tensor for sizes, dtype and memory at each step takes a small block longer than its steps.
 #pragma once
 #include <optional>
+#include <utility>
 
 #include "../checks.h"
 #include "memory.h"
@@ -13,6 +14,7 @@ class Vector {
  public:
   Vector() = default;  // none
   Vector(const char* name, const Tensor& given);
+  Vector(const float* data, int64_t size) : data_(data), size_(size) {}
 
   int64_t size() const { return size_; }
   // As float32: where it lies, or converted into `scratch`, which then goes on behind it; null: there is none.
@@ -30,6 +32,8 @@ struct PanelNorm {
   float eps;
 
   PanelNorm(const Tensor& weight, const Tensor& bias, double eps);
+  PanelNorm(Vector weight, Vector bias, double eps)
+      : weight(std::move(weight)), bias(std::move(bias)), eps(static_cast<float>(eps)) {}
 };
 
 struct PanelLayer {
@@ -40,6 +44,8 @@ struct PanelLayer {
 
   // Of what check_panels let through.
   PanelLayer(const Tensor& weight, const Tensor* bias);
+  PanelLayer(const void* panels, int64_t n, int64_t k, Vector bias)
+      : panels(panels), n(n), k(k), bias(std::move(bias)) {}
 };
 
 // The live rows of a residual stream x (R, D): rows (T,), or all where there is none.
@@ -68,6 +74,7 @@ class Panels {
  public:
   explicit Panels(const PanelLayer& layer);
 
+  // Of a weight (n, k).
   static void pack(const Tensor& weight, void* panels);
 
   const void* data;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,10 +10,8 @@ from torch import Tensor
 
 from .._checks import check_choice, check_real
 from .._register import in_inference
-from ..nn.block import Block
-from ..nn.half_block import halting_blocks_
+from ..nn.block_run import BlockRun, halting_blocks_
 from ..nn.method import Method
-from ..nn.prepared import Prepared
 from ..nn.vision_transformer import VisionTransformer
 from ..ops import HaltingState, initial_halting_state, token_select
 from ..ops.halting_step import HALTING_STEP
@@ -75,19 +72,19 @@ class AViT(Method):
         return model.embed(images), None  # the blocks' operator begins its own state
 
     def run_blocks_(
-        self, index: int, blocks: Sequence[Block], tokens: RaggedTokens, state: AViTState | None, prepared: Prepared
+        self, index: int, run: BlockRun, tokens: RaggedTokens, state: AViTState | None
     ) -> tuple[int, RaggedTokens, AViTState] | None:
         config = self.config
         if config.stop_with_class or state is not None or tokens.rows is not None:
             return None
         gate = float(config.gate_scale), float(config.gate_center), float(config.eps)
-        done = halting_blocks_(blocks, tokens, prepared, *gate)
+        done = halting_blocks_(run, tokens, *gate)
         if done is None:
             return None
         *sums, scores, rows, offsets = done
-        state = AViTState(HaltingState(*sums), scores, tokens.cu_seqlens[:-1], len(blocks))
+        state = AViTState(HaltingState(*sums), scores, tokens.cu_seqlens[:-1], len(run.blocks))
         tokens = RaggedTokens(tokens.x, rows, offsets, tokens.max_seqlen, tokens.num_prefix_tokens)
-        return len(blocks), tokens, state
+        return len(run.blocks), tokens, state
 
     def after_block(self, index: int, tokens: RaggedTokens, state: AViTState | None) -> tuple[RaggedTokens, AViTState]:
         config = self.config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -11,10 +10,8 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_real
 from .._register import native_kernel, native_serves
-from ..nn.block import Block
-from ..nn.half_block import scored_blocks_
+from ..nn.block_run import BlockRun, scored_blocks_
 from ..nn.method import Method
-from ..nn.prepared import Prepared
 from ..nn.vision_transformer import VisionTransformer
 from ..ops import token_select
 from ..ragged import RaggedTokens
@@ -136,16 +133,16 @@ class EvoViT(Method):
         return "class" if index < self.last_selection and not overwritten else None
 
     def run_blocks_(
-        self, index: int, blocks: Sequence[Block], tokens: RaggedTokens, state: EvoViTState, prepared: Prepared
+        self, index: int, run: BlockRun, tokens: RaggedTokens, state: EvoViTState
     ) -> tuple[int, RaggedTokens, EvoViTState] | None:
         until = index + 1
         # in layer mode a dense block behind a pruned one takes everyone
-        while until < len(blocks) and not self.selects[until] and self.config.mode == "stage":
+        while until < len(run.blocks) and not self.selects[until] and self.config.mode == "stage":
             until += 1
         weights = [
             -1.0 if self.scores_at(block, False) is None else self.tradeoffs[block] for block in range(index, until)
         ]
-        score = scored_blocks_(blocks[index:until], tokens, prepared, state.score, weights)
+        score = scored_blocks_(run, index, until, tokens, state.score, weights)
         return None if score is None else (until, tokens, state._replace(score=score))
 
     def after_attention(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,6 @@ from .._register import native_operator, native_serves
 from ..ragged import RaggedTokens
 from .linear import PackedLinear
 from .plain import affine, is_plain, modules_are_watched
-from .prepared import Prepared
 
 if TYPE_CHECKING:
     from .block import Block
@@ -25,9 +24,6 @@ class _Halves(NamedTuple):
     attention: Callable[..., Tensor]
     feed_forward: Callable[..., None]
     block: Callable[..., Tensor]
-    blocks: Callable[..., None]
-    scored_blocks: Callable[..., Tensor]
-    halting_blocks: Callable[..., Any]
 
 
 def attention_half_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor | None:
@@ -37,7 +33,7 @@ def attention_half_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor |
     """
     x = tokens.x
     halves = _halves_for(x)
-    given = None if halves is None else _attention_arguments(block, x)
+    given = None if halves is None else attention_arguments(block, x)
     if halves is None or given is None:
         return None
     into, out_of = given
@@ -49,7 +45,7 @@ def feed_forward_half_(block: Block, tokens: RaggedTokens) -> bool:
     """``x[rows] += fc2(gelu(fc1(norm2(x[rows]))))``; False: it cannot serve here, and nothing was done."""
     x = tokens.x
     halves = _halves_for(x)
-    given = None if halves is None else _feed_forward_arguments(block, x)
+    given = None if halves is None else feed_forward_arguments(block, x)
     if halves is None or given is None:
         return False
     halves.feed_forward(x, tokens.rows, *given, x.dtype in panel_dtypes())
@@ -62,7 +58,7 @@ def block_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor | None:
     halves = _halves_for(x)
     if halves is None:
         return None
-    attention, feed_forward = _attention_arguments(block, x), _feed_forward_arguments(block, x)
+    attention, feed_forward = attention_arguments(block, x), feed_forward_arguments(block, x)
     if attention is None or feed_forward is None:
         return None
     into, out_of = attention
@@ -70,73 +66,10 @@ def block_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor | None:
     return halves.block(x, tokens.rows, offsets, longest, *into, scores, *out_of, *feed_forward, panels)
 
 
-def blocks_(blocks: Sequence[Block], tokens: RaggedTokens, prepared: Prepared) -> bool:
-    """One block after the other; False: it cannot serve here, and nothing was done."""
-    halves = _halves_for(tokens.x)
-    given = None if halves is None else _prepared_arguments(blocks, tokens.x, prepared)
-    if halves is None or given is None:
-        return False
-    halves.blocks(tokens.x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, *given)
-    return True
-
-
-def scored_blocks_(
-    blocks: Sequence[Block], tokens: RaggedTokens, prepared: Prepared, score: Tensor, tradeoffs: Sequence[float]
-) -> Tensor | None:
-    """One block after the other, and Evo-ViT's score (R,) behind each whose tradeoff is not negative.
-
-    None: it cannot serve here, and nothing was done.
-    """
-    halves = _halves_for(tokens.x)
-    given = None if halves is None else _prepared_arguments(blocks, tokens.x, prepared)
-    if halves is None or given is None:
-        return None
-    return halves.scored_blocks(
-        *(tokens.x, tokens.rows, tokens.cu_seqlens, tokens.max_seqlen, *given, score, tradeoffs)
-    )
-
-
-def halting_blocks_(blocks: Sequence[Block], tokens: RaggedTokens, prepared: Prepared, *halting: Any) -> Any:
-    """One block after the other on all tokens, A-ViT's halting step behind each; what the last one gives.
-
-    ``halting``: gate_scale, gate_center and eps. None: it cannot serve here, and nothing was done.
-    """
-    halves = _halves_for(tokens.x)
-    given = None if halves is None else _prepared_arguments(blocks, tokens.x, prepared)
-    if halves is None or given is None:
-        return None
-    return halves.halting_blocks(tokens.x, tokens.cu_seqlens, tokens.max_seqlen, *given, *halting)
-
-
 Arguments = tuple[Any, ...]
 
 
-def _prepared_arguments(blocks: Sequence[Block], x: Tensor, prepared: Prepared) -> Arguments | None:
-    return prepared.arguments((id(blocks[0]), len(blocks)), blocks, x, _run_arguments)
-
-
-def _run_arguments(blocks: Sequence[Block], x: Tensor) -> Arguments | None:
-    """Weights and sizes of blocks that are all of one kind."""
-    weights: list[Tensor | None] = []
-    sizes = None
-    for block in blocks:
-        if not block.is_whole():
-            return None
-        attention, feed_forward = _attention_arguments(block, x), _feed_forward_arguments(block, x)
-        if attention is None or feed_forward is None:
-            return None
-        (weight1, bias1, eps1, qkv, qkv_bias, *heads), proj = attention
-        weight2, bias2, eps2, *layers = feed_forward
-        if sizes not in (None, (eps1, *heads)) or eps1 != eps2:
-            return None
-        sizes = eps1, *heads
-        weights += (weight1, bias1, qkv, qkv_bias, *proj, weight2, bias2, *layers)
-    if sizes is None or any(weight is None for weight in weights):
-        return None
-    return weights, *sizes, x.dtype in panel_dtypes()
-
-
-def _attention_arguments(block: Block, x: Tensor) -> tuple[Arguments, Arguments] | None:
+def attention_arguments(block: Block, x: Tensor) -> tuple[Arguments, Arguments] | None:
     """Those of the norm, the first layer and the heads, and those of the last layer."""
     parts: dict[str, Any] = block._modules
     attn = parts["attn"]
@@ -149,7 +82,7 @@ def _attention_arguments(block: Block, x: Tensor) -> tuple[Arguments, Arguments]
     return (*norm, *qkv, attn.num_heads, attn.scale), proj
 
 
-def _feed_forward_arguments(block: Block, x: Tensor) -> Arguments | None:
+def feed_forward_arguments(block: Block, x: Tensor) -> Arguments | None:
     parts: dict[str, Any] = block._modules
     mlp = parts["mlp"]
     if not is_plain(mlp):
@@ -169,10 +102,12 @@ def _native_halves(panels: bool = False) -> _Halves | None:
     if missing:
         _backend.say_once(logging.INFO, f"blocks run as single operators on the CPU, since {missing}")
         return None
-    return _Halves(
-        *map(native_operator, ("attention_half_", "feed_forward_half_", "block_")),
-        *map(native_operator, ("blocks_", "scored_blocks_", "halting_blocks_")),
-    )
+    return _Halves(*map(native_operator, ("attention_half_", "feed_forward_half_", "block_")))
+
+
+def may_serve(x: Tensor) -> bool:
+    """Whether native operators for blocks may run on a stream like ``x``, if the blocks are what they stand for."""
+    return _halves_for(x) is not None
 
 
 def _halves_for(x: Tensor) -> _Halves | None:

@@ -74,12 +74,18 @@ Packed = tuple[object, Tensor, Tensor]  # key, packed weight, weight it is made 
 
 def packed_anew(kept: Packed | None, weight: Tensor) -> Packed:
     """What is kept, or the weight (N, ...) packed as (N, K) if it is another one or has changed since."""
-    key = (weight.data_ptr(), weight._version, weight.dtype)
-    if kept is not None and kept[0] == key:
+    if kept is not None and kept[0] == _key(weight):
         return kept
+    return _as_packed(weight, _pack(weight.detach().flatten(1)))
+
+
+def _key(weight: Tensor) -> object:
+    return weight.data_ptr(), weight._version, weight.dtype
+
+
+def _as_packed(weight: Tensor, packed: Tensor) -> Packed:
     _watch_fused_steps()
-    source = weight.detach()  # kept, so that no other weight can come to lie at its address
-    return key, _pack(source.flatten(1)), source
+    return _key(weight), packed, weight.detach()  # kept, so that no other weight can come to lie at its address
 
 
 @cache
@@ -119,6 +125,15 @@ class PackedLinear(nn.Module):
             return weight
         self._packed = packed_anew(self._packed, weight)
         return self._packed[1]
+
+    def can_keep(self, dtype: torch.dtype) -> bool:
+        """Whether ``keep`` may be given a packed weight of this dtype."""
+        weight = self._parameters.get("weight")
+        return type(weight) is nn.Parameter and weight.is_cpu and weight.dtype is dtype and not weight.is_inference()
+
+    def keep(self, packed: Tensor | None) -> None:
+        """Use this as the weight as it is now, packed; None: let go of what was packed."""
+        self._packed = None if packed is None else _as_packed(self.weight, packed)
 
     def __getstate__(self) -> dict[str, object]:
         # the packed copy can neither be copied nor stored; it is made anew

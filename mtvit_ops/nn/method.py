@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from ..ragged import RaggedTokens
-from .half_block import blocks_
+from .block_run import BlockRun, blocks_
 
 if TYPE_CHECKING:
-    from .prepared import Prepared
     from .vision_transformer import VisionTransformer, ViTConfig
 
 _POINTS = ("before_block", "scores_at", "after_attention", "after_block")  # between the embedding and the readout
@@ -84,16 +82,16 @@ class Method(nn.Module):
         return 0 if self.model_config is None else self.model_config.depth
 
     def run_blocks_(
-        self, index: int, blocks: Sequence[Any], tokens: RaggedTokens, state: Any, prepared: Prepared
+        self, index: int, run: BlockRun, tokens: RaggedTokens, state: Any
     ) -> tuple[int, RaggedTokens, Any] | None:
-        """Behind ``before_block(index)``: several of the ``blocks`` at once from this one on, in place, in inference
-        without a trace, and all that the method does behind each; here those of ``quiet_until``.
+        """Behind ``before_block(index)``: several blocks at once from this one on, in place, in inference without a
+        trace, and all that the method does behind each; here those of ``quiet_until``.
 
         The first block that is still to run comes back, with tokens and state; None: this one must run by itself. Not
         asked where a subclass has points of its own.
         """
         until = self.quiet_until(index)
-        done = until > index and blocks_(blocks[index:until], tokens, prepared)
+        done = until > index and blocks_(run, index, until, tokens)
         return (until, tokens, state) if done else None
 
     def after_block(self, index: int, tokens: RaggedTokens, state: Any) -> tuple[RaggedTokens, Any]:

@@ -25,8 +25,8 @@ class _Watched(NamedTuple):
     names: list[str]  # under its name
     values: list[object]  # what it held; None: or has no such name
     hooks: list[Any]  # dicts that are to be empty
-    weights: list[Tensor]  # with
-    addresses: list[int]
+    weights: list[Tensor]  # with their
+    addresses: list[int]  # of those that are no vectors: these come last
     versions: list[int]
 
 
@@ -55,7 +55,7 @@ class Prepared:
             key: whose arguments these are.
             modules: what they are made from, with all modules in them.
             x: what they are for; only its dtype counts.
-            make: vectors must go in as they are, or as views: they are not watched.
+            make: its result may hold copies of what it was made from.
             entries: what else they are made from, as dicts with names.
         """
         kept = self._kept.get(key)
@@ -89,13 +89,14 @@ def _watch(modules: Sequence[nn.Module], entries: Iterable[tuple[dict[str, Any],
             watched.append((state, "forward", state.get("forward")))
             # of these, nobody reads what a module has none of
             watched += ((state, name, state[name]) for name in ("eps", "num_heads", "scale") if name in state)
-    weights = [value for _, _, value in watched if isinstance(value, Tensor) and value.dim() > 1]
+    weights = [value for _, _, value in watched if isinstance(value, Tensor)]
+    weights.sort(key=lambda weight: weight.dim() < 2)  # vectors last: one look less at each
     return _Watched(
         [held for held, _, _ in watched],
         [name for _, name, _ in watched],
         [value for _, _, value in watched],
         hooks,
         weights,
-        [weight.data_ptr() for weight in weights],
+        [weight.data_ptr() for weight in weights if weight.dim() > 1],
         [0 if weight.is_inference() else weight._version for weight in weights],
     )

@@ -14,6 +14,7 @@ from .._checks import check_real, check_tensor
 from .._register import native_serves
 from ..ragged import RaggedTokens
 from .block import Block
+from .block_run import BlockRun
 from .classifier import classify_natively
 from .linear import PackedLinear, linear
 from .method import Method
@@ -160,10 +161,11 @@ class VisionTransformer(nn.Module):
         native = inplace and all(type(block) is Block for block in blocks)
         # blocks between which nobody looks may run as one operator
         runs = method.runs_blocks and native and recorder is None and native_serves(tokens.x)
+        run = BlockRun(blocks, self._prepared) if runs else None
         index = 0
         while index < len(blocks):
             tokens, state = method.before_block(index, tokens, state)
-            ran_on = method.run_blocks_(index, blocks, tokens, state, self._prepared) if runs else None
+            ran_on = None if run is None else method.run_blocks_(index, run, tokens, state)
             if ran_on is not None:
                 index, tokens, state = ran_on
                 continue

@@ -14,7 +14,8 @@ import mtvit_ops
 from mtvit_ops import _backend, pack_weights
 from mtvit_ops._cpu_linear import linear_dtypes, panel_dtypes
 from mtvit_ops.methods import AViT, EvoViT, Life
-from mtvit_ops.nn import Block, half_block
+from mtvit_ops.nn import Block, block_run, half_block
+from mtvit_ops.nn.block_run import BlockRun
 from mtvit_ops.nn.prepared import Prepared
 from mtvit_ops.ops.varlen_attention import SCORES
 from mtvit_ops.ragged import RaggedTokens
@@ -97,11 +98,15 @@ def test_a_model_in_place_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = half_block._native_halves(torch.float32 in panel_dtypes())
 
-    def counted(name: str) -> Callable[..., object]:
-        return lambda *args: (calls.append(name), getattr(real, name)(*args))[1]
+    def counted(operators, name: str) -> Callable[..., object]:
+        return lambda *args: (calls.append(name), getattr(operators, name)(*args))[1]
 
-    watched = half_block._Halves(*map(counted, half_block._Halves._fields))
-    monkeypatch.setattr(half_block, "_native_halves", lambda panels: watched)
+    def watched(operators):
+        return type(operators)(*(counted(operators, name) for name in operators._fields))
+
+    halves, runs_of_blocks = watched(real), watched(block_run._operators())
+    monkeypatch.setattr(half_block, "_native_halves", lambda panels: halves)
+    monkeypatch.setattr(block_run, "_operators", lambda: runs_of_blocks)
     images = torch.randn(2, 3, 64, 64)
 
     def run(name: str, trace: bool = False, **options: object) -> tuple[Tensor, list[str]]:
@@ -129,9 +134,9 @@ def test_a_model_in_place_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     # as if it acted between the halves, and somewhere nobody knows
     monkeypatch.setattr(EvoViT, "reads_scores_only", False)
     monkeypatch.setattr(EvoViT, "runs_blocks", False)
-    halves, called = run("evovit_tiny_patch16_224")
+    by_halves, called = run("evovit_tiny_patch16_224")
     assert called == ["attention", "feed_forward"] * 6
-    assert_equal("logits", logits, halves)
+    assert_equal("logits", logits, by_halves)
 
 
 def test_a_subclass_with_points_of_its_own_is_asked_at_each_block() -> None:
@@ -181,6 +186,10 @@ def test_unlisted_rows_are_left_alone() -> None:
     unlisted = [row for row in range(12) if row not in CASES["half"][1]]
     assert_equal("unlisted rows", tokens.x[unlisted], before[unlisted])
     assert not torch.equal(tokens.x, before)
+
+
+def run_all(blocks: list[Block], tokens: RaggedTokens, prepared: Prepared) -> bool:
+    return block_run.blocks_(BlockRun(blocks, prepared), 0, len(blocks), tokens)
 
 
 class Watch(TorchDispatchMode):
@@ -297,7 +306,7 @@ def test_a_run_of_blocks_refuses_before_it_writes() -> None:
     blocks, tokens = [make_block(), make_block(), changed(MISFITS["fc2"][0])], make_tokens()
     before = tokens.x.clone()
     with pytest.raises(RuntimeError, match=MISFITS["fc2"][1]):
-        half_block.blocks_(blocks, tokens, Prepared())
+        run_all(blocks, tokens, Prepared())
     assert_equal("x after the refusal", tokens.x, before)
 
 
@@ -307,7 +316,7 @@ def test_a_run_of_blocks_refuses_before_it_writes() -> None:
 def test_a_run_is_its_blocks(case: str, dtype: torch.dtype, packed: bool) -> None:
     blocks, tokens = [make_block(dtype, packed) for _ in range(3)], make_tokens(case, dtype)
     run, single = copied(tokens), copied(tokens)
-    assert half_block.blocks_(blocks, run, Prepared()) == (dtype in linear_dtypes())
+    assert run_all(blocks, run, Prepared()) == (dtype in linear_dtypes())
     for block in blocks:
         block.run_(single)
     assert_equal("x", run.x, single.x)
@@ -332,26 +341,26 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_is_kept_follows_changes(change, packed: bool) -> None:
     block, prepared = make_block(packed=packed), Prepared()
-    assert half_block.blocks_([block], make_tokens(), prepared)  # is kept by now
+    assert run_all([block], make_tokens(), prepared)  # is kept by now
     change(block)
     tokens = make_tokens()
     kept, anew = copied(tokens), copied(tokens)
-    assert half_block.blocks_([block], kept, prepared)
-    assert half_block.blocks_([block], anew, Prepared())
+    assert run_all([block], kept, prepared)
+    assert run_all([block], anew, Prepared())
     assert_equal("x", kept.x, anew.x)
 
 
 @pytest.mark.parametrize("change", ["hook", "forward", "dtype"])
 def test_what_is_kept_steps_aside(change: str) -> None:
     block, prepared, tokens = make_block(packed=True), Prepared(), make_tokens()
-    assert half_block.blocks_([block], copied(tokens), prepared)
+    assert run_all([block], copied(tokens), prepared)
     if change == "hook":
         block.norm2.register_forward_pre_hook(lambda *_: None)
     elif change == "forward":
         block.attn.forward = lambda *_: None
     else:
         block.to(torch.bfloat16)
-    assert not half_block.blocks_([block], copied(tokens), prepared)
+    assert not run_all([block], copied(tokens), prepared)
 
 
 def test_a_model_with_kept_arguments_can_be_copied_and_stored(tmp_path) -> None:
@@ -371,9 +380,9 @@ def test_a_model_with_kept_arguments_can_be_copied_and_stored(tmp_path) -> None:
 def test_inference_tensors_are_not_kept() -> None:
     with torch.inference_mode():
         block, prepared, tokens = make_block(), Prepared(), make_tokens()
-        assert half_block.blocks_([block], copied(tokens), prepared)
+        assert run_all([block], copied(tokens), prepared)
         block.mlp.fc1.weight.mul_(2)  # no version tells
         kept, anew = copied(tokens), copied(tokens)
-        half_block.blocks_([block], kept, prepared)
-        half_block.blocks_([block], anew, Prepared())
+        run_all([block], kept, prepared)
+        run_all([block], anew, Prepared())
     assert_equal("x", kept.x, anew.x)

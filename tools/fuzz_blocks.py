@@ -185,8 +185,16 @@ def case_block(draw: Draw) -> tuple[Any, Any]:
     return (s.x, received), lambda: block_of(s, before, parts, scores)
 
 
-def draw_run(draw: Draw, s: Stream, panels: bool) -> tuple[list[Parts], list[Tensor]]:
-    """Blocks, and their weights as one list; a bias everywhere."""
+class Run(NamedTuple):
+    """Blocks, their weights as the operators get them, and those that run."""
+
+    blocks: list[Parts]
+    weights: list[Tensor]
+    layout: tuple[int, ...]  # as in csrc/cpu/blocks.h
+
+
+def draw_run(draw: Draw, s: Stream, panels: bool) -> Run:
+    """A bias everywhere."""
     width, hidden = s.x.shape[-1], draw_hidden(draw)
     run = [draw_parts(draw, width, hidden, panels) for _ in range(draw.random.randint(1, 3))]
     layers = [
@@ -198,37 +206,74 @@ def draw_run(draw: Draw, s: Stream, panels: bool) -> tuple[list[Parts], list[Ten
     filled = iter(layers)
     run = [Parts(*(part if isinstance(part, Norm) else next(filled) for part in parts)) for parts in run]
     weights = [tensor for parts in run for part in parts for tensor in part[:2]]
-    return run, weights[:-1] if draw.spoilt() else weights
+    columns = native.panel_columns()
+    if not (panels and draw.bad == 0 and width % columns == 0 and hidden % columns == 0) and not draw.spoilt():
+        return Run(run, weights[:-1] if draw.spoilt() else weights, ())
+    # together
+    first, last = sorted(draw.random.randint(0, len(run)) for _ in "ab")
+    matrices = [part.weight for parts in run for part in parts if isinstance(part, Layer)]
+    vectors = [
+        part[index] for parts in run for part in parts for index in ((1,) if isinstance(part, Layer) else (0, 1))
+    ]
+    layout = first, last, hidden
+    if draw.spoilt():
+        layout = draw.random.choice(((), (first, last), (-1, last, hidden), (first, 2**62, hidden), (0, 0, 2**40)))
+    packed = native.pack_run([dense(matrix) for matrix in matrices])
+    return Run(run[first:last], [packed, torch.cat([dense(vector).float() for vector in vectors])], layout)
 
 
 def case_blocks(draw: Draw) -> tuple[Any, Any]:
     s, panels = draw_stream(draw), draw_panels(draw)
-    run, weights = draw_run(draw, s, panels)
+    run = draw_run(draw, s, panels)
     before = dense(s.x)
-    in_place(native.blocks_, s.x, s.rows, s.cu_seqlens, s.longest, weights, EPS, s.heads, SCALE, panels)
+    first = s.rows, s.cu_seqlens, s.longest, run.weights, EPS, s.heads, SCALE, panels, run.layout
+    in_place(native.blocks_, s.x, *first)
 
     def expected() -> Tensor:
         x = before
-        for parts in run:
+        for parts in run.blocks:
             x = block_of(s, x, parts)[0]
         return x
 
     return s.x, expected
 
 
+def case_scored_blocks(draw: Draw) -> tuple[Any, Any]:
+    s, panels = draw_stream(draw), draw_panels(draw)
+    run = draw_run(draw, s, panels)
+    tradeoffs = [draw.random.choice((-1.0, 0.0, 0.3, 1.0)) for _ in run.blocks]
+    score = draw.tensor(s.x.shape[0] if s.x.dim() else 0, dtype=torch.float32)
+    if draw.spoilt():
+        tradeoffs.append(0.5)
+    before = dense(s.x)
+    first = s.rows, s.cu_seqlens, s.longest, run.weights, EPS, s.heads, SCALE, panels, run.layout, score, tradeoffs
+    evolved = in_place(native.scored_blocks_, s.x, *first)
+
+    def expected() -> tuple[Tensor, Tensor]:
+        x, scores = before, score
+        for parts, weight in zip(run.blocks, tradeoffs):
+            x, received = block_of(s, x, parts, int(weight >= 0))
+            if weight >= 0:
+                scores = native.evolve_scores(received, scores, s.rows, weight)
+        return x, scores
+
+    return (s.x, evolved), expected
+
+
 def case_halting_blocks(draw: Draw) -> tuple[Any, Any]:
     s, panels = draw_stream(draw), draw_panels(draw)
     cu = draw.offsets(draw.size(4), s.x.shape[0] if s.x.dim() else 0)  # everyone is alive
     s = s._replace(rows=None, cu_seqlens=cu, longest=draw.longest(cu))
-    _, weights = draw_run(draw, s, panels)
-    num_rows, width = s.x.shape[0] if s.x.dim() else 0, s.x.shape[-1] if s.x.dim() else 0
-    readout = torch.arange(min(draw.size(3), num_rows), dtype=torch.int32)
-    if draw.spoilt():
-        readout = draw.rows(3, num_rows)
-    state = [torch.rand(num_rows) for _ in range(3)]
-    state += [torch.zeros(num_rows, dtype=torch.int32), draw.tensor(len(readout), width, dtype=torch.float32)]
-    first = s.cu_seqlens, s.longest, weights, EPS, s.heads, SCALE, panels, readout, *state
-    in_place(native.halting_blocks_, s.x, *first, 5.0, draw.random.choice((0.0, 5.0, 30.0)), 0.01)
+    run = draw_run(draw, s, panels)
+    first = s.cu_seqlens, s.longest, run.weights, EPS, s.heads, SCALE, panels, run.layout
+    num_rows = s.x.shape[0] if s.x.dim() else 0
+    # an image behind the last row has no class token to read out, and no block at all is refused
+    well_formed = bool((cu[:-1] < num_rows).all()) and run.blocks
+    try:
+        in_place(native.halting_blocks_, s.x, *first, 5.0, draw.random.choice((0.0, 5.0, 30.0)), 0.01)
+    except REFUSALS:
+        if well_formed:
+            raise
     return (), None  # blocks and step have tables of their own; here it only must not fail
 
 
@@ -237,5 +282,6 @@ BLOCKS = {
     "feed_forward_half_": case_feed_forward_half,
     "block_": case_block,
     "blocks_": case_blocks,
+    "scored_blocks_": case_scored_blocks,
     "halting_blocks_": case_halting_blocks,
 }

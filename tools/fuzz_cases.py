@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fuzz_blocks import BLOCKS, Layer, dense, draw_layer, draw_panels, in_place
+from fuzz_blocks import BLOCKS, EPS, Layer, dense, draw_layer, draw_norm, draw_panels, in_place
 from fuzz_draw import REFUSALS, Draw
 from fuzz_predictor import case_tail_predictor
 from torch import Tensor
@@ -165,7 +165,8 @@ def case_ragged_patch_embed(draw: Draw) -> tuple[Any, Any]:
     args = (images, tails, prefix, weights, biases, tables, strides, paddings)
     panels = draw_panels(draw)
     given = [pack_patches(draw, weight) if panels else weight for weight in weights]
-    got = native.ragged_patch_embed(*args[:3], given, *args[4:], panels)
+    told = None if not bool(tails.any()) else tails  # none: the first for all
+    got = native.ragged_patch_embed(images, told, prefix, given, *args[4:], panels)
     return got, lambda: ragged_patch_embed.ragged_patch_embed(*args)
 
 
@@ -215,6 +216,68 @@ def case_lives(draw: Draw) -> tuple[Any, Any]:
     return (), None  # divided by how much scores differ, which may be next to nothing
 
 
+def case_longest_lived(draw: Draw) -> tuple[Any, Any]:
+    batch, width, length = draw.size(3), draw.size(70), 0 if draw.spoilt() else 1 + draw.size(60)
+    most, budgets = length, []
+    for _ in range(draw.size(3)):
+        most = draw.random.randint(1, max(most, 1))
+        budgets.append(most if not draw.spoilt() else draw.random.choice((0, -1, length + 1, 2**62)))
+    schedule = draw.tensor(width, width), 0.5, 0.3, 4, 12
+    lives, rows, ends = native.longest_lived(draw.tensor(batch, length, width), *schedule, budgets)
+    offsets = torch.arange(batch + 1, dtype=torch.int32) * length
+
+    def expected() -> Any:  # from the lives there are: those of the reference may be in another order
+        scores = F.pad(lives, (1, 0)).reshape(-1)
+        lists = [
+            token_select.token_select(
+                scores, None, offsets, None, None, budget, None, 1, True, batch * budget, False, 0
+            )
+            for budget in budgets
+        ]
+        empty = rows.new_empty(0), ends.new_empty(0, batch + 1)
+        return torch.cat([empty[0], *(one[0] for one in lists)]), torch.cat(
+            [empty[1], *(one[1][None] for one in lists)]
+        )
+
+    return (rows, ends), expected
+
+
+def case_mean_patches(draw: Draw) -> tuple[Any, Any]:
+    batch, length = draw.size(4), draw.size(40)
+    prefix = min(draw.size(2), length)
+    x = draw.tensor(batch * length, draw.size(70))
+    images = batch if not draw.spoilt() else draw.random.choice((-1, 0, batch + 1, 2**62))
+
+    def expected() -> Tensor:
+        patches = x.float().reshape(batch, length, x.shape[1])[:, prefix:]
+        return (patches.sum(dim=1) / max(patches.shape[1], 1)).to(x.dtype)
+
+    return native.mean_patches(x, images, prefix), expected
+
+
+def case_classify(draw: Draw) -> tuple[Any, Any]:
+    x, layer, cu = linear_arguments(draw)
+    offsets = draw.maybe(lambda: cu)
+    if draw.bad == 0 and bool((cu[:-1] >= x.shape[0]).any()):  # an image behind the last row: refused
+        offsets = None
+    norm = draw_norm(draw, x.shape[1] if x.dim() > 1 else 1)
+    got = native.classify(x, offsets, *norm, EPS, *layer[:2])
+
+    def expected() -> Tensor:
+        rows = None if offsets is None else offsets[:-1]
+        normed = gather_layer_norm.gather_layer_norm(x, rows, *norm, EPS)[0]
+        bias = None if layer.bias is None else dense(layer.bias).float()
+        return F.linear(normed.float(), layer.weight.float(), bias).to(x.dtype)
+
+    return got, expected
+
+
+def case_pack_run(draw: Draw) -> tuple[Any, Any]:
+    columns = native.panel_columns()
+    weights = [draw.tensor(columns * draw.size(3), draw.size(40)) for _ in range(1 + draw.size(3))]
+    return native.pack_run(weights), lambda: torch.cat([native.pack_panels(weight).flatten() for weight in weights])
+
+
 def case_evolve_scores(draw: Draw) -> tuple[Any, Any]:
     num_rows = draw.size()
     rows = draw.maybe(lambda: draw.rows(draw.size(), num_rows))
@@ -252,6 +315,10 @@ CASES = {
     "ragged_linear": case_ragged_linear,
     "ragged_linear_residual_": case_ragged_linear_residual,
     "lives": case_lives,
+    "longest_lived": case_longest_lived,
+    "mean_patches": case_mean_patches,
+    "classify": case_classify,
+    "pack_run": case_pack_run,
     "evolve_scores": case_evolve_scores,
     "tail_predictor": case_tail_predictor,
     "ragged_patch_embed": case_ragged_patch_embed,

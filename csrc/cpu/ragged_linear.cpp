@@ -221,6 +221,7 @@ STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CPU, m) {
 // to refuse oneDNN's own weights in words
 STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, MkldnnCPU, m) {
   m.impl("linear", TORCH_BOX(&mtvit_ops::linear));
+  m.impl("classify", TORCH_BOX(&mtvit_ops::classify));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mtvit_ops_cpp, CompositeExplicitAutograd, m) {

@@ -44,8 +44,8 @@ def _needs_the_operators() -> Iterator[None]:
         yield
 
 
-def make_block(dtype: torch.dtype = torch.float32, packed: bool = False) -> Block:
-    block = Block(24, 3).to(dtype)
+def make_block(dtype: torch.dtype = torch.float32, packed: bool = False, width: int = 24) -> Block:
+    block = Block(width, width // 8).to(dtype)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.2)
     if packed:
@@ -53,10 +53,10 @@ def make_block(dtype: torch.dtype = torch.float32, packed: bool = False) -> Bloc
     return block.eval()
 
 
-def make_tokens(case: str = "half", dtype: torch.dtype = torch.float32) -> RaggedTokens:
+def make_tokens(case: str = "half", dtype: torch.dtype = torch.float32, width: int = 24) -> RaggedTokens:
     num_rows, live, lengths, dead = CASES[case]
     rows = None if live is None else torch.tensor((*live, *[-1] * dead), dtype=torch.int32)
-    return RaggedTokens(torch.randn(num_rows, 24).to(dtype), rows, offsets(lengths), 12, 1)
+    return RaggedTokens(torch.randn(num_rows, width).to(dtype), rows, offsets(lengths), 12, 1)
 
 
 def copied(tokens: RaggedTokens) -> RaggedTokens:
@@ -310,16 +310,62 @@ def test_a_run_of_blocks_refuses_before_it_writes() -> None:
     assert_equal("x after the refusal", tokens.x, before)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+# how weights lie: as they are; packed layer by layer, since their rows are no whole panels; packed together
+LAYOUTS = {"plain": (24, False), "packed": (24, True), "together": (64, True)}
+
+
+@pytest.mark.parametrize(("width", "packed"), LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_is_its_blocks(case: str, dtype: torch.dtype, packed: bool) -> None:
-    blocks, tokens = [make_block(dtype, packed) for _ in range(3)], make_tokens(case, dtype)
+def test_a_run_is_its_blocks(case: str, dtype: torch.dtype, width: int, packed: bool) -> None:
+    blocks, tokens = [make_block(dtype, packed, width) for _ in range(3)], make_tokens(case, dtype, width)
     run, single = copied(tokens), copied(tokens)
     assert run_all(blocks, run, Prepared()) == (dtype in linear_dtypes())
     for block in blocks:
         block.run_(single)
     assert_equal("x", run.x, single.x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_packed_together(dtype: torch.dtype) -> None:
+    if dtype not in panel_dtypes():
+        pytest.skip("our own linear layers do not serve this dtype here")
+    blocks, prepared = [make_block(dtype, True, 64) for _ in range(4)], Prepared()
+    tokens = make_tokens("half", dtype, 64)
+    # some of them, as methods run them
+    some, single = copied(tokens), copied(tokens)
+    run = BlockRun(blocks, prepared)
+    assert block_run.blocks_(run, 0, 1, some)
+    assert block_run.blocks_(run, 1, 3, some)
+    assert block_run.blocks_(run, 3, 3, some)
+    for block in blocks[:3]:
+        block.run_(single)
+    assert_equal("x", some.x, single.x)
+    # what a layer multiplies with lies in the same memory
+    (panels, vectors), *_ = run.arguments(tokens.x, 0, 4)
+    begin = panels.data_ptr()
+    for block in blocks:
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            assert layer.packed_weight(layer.weight).data_ptr() == begin
+            begin += layer.weight.numel() * layer.weight.element_size()
+    assert begin == panels.data_ptr() + panels.numel() * panels.element_size()
+    assert vectors.dtype is torch.float32
+    # a weight that changes is packed anew, alone where it is asked for, and with all in a run
+    blocks[1].mlp.fc2.weight.mul_(2)
+    changed, expected = copied(tokens), copied(tokens)
+    for block in blocks:
+        block.run_(expected)
+    assert run_all(blocks, changed, prepared)
+    assert_equal("x after a change", changed.x, expected.x)
+
+
+def test_a_norm_of_another_precision_is_handed_over_as_it_is() -> None:
+    block, tokens = make_block(torch.bfloat16, True, 64), make_tokens("half", torch.bfloat16, 64)
+    if torch.bfloat16 not in panel_dtypes():
+        pytest.skip("our own linear layers do not serve this dtype here")
+    block.norm1.double()
+    with pytest.raises(RuntimeError, match="weight must be float32 or have x's dtype"):
+        run_all([block], tokens, Prepared())
 
 
 CHANGES = {
@@ -329,21 +375,25 @@ CHANGES = {
     "bias in place": lambda block: block.attn.proj.bias.add_(1),
     "bias replaced": lambda block: setattr(block.attn.qkv, "bias", nn.Parameter(block.attn.qkv.bias + 1)),
     "norm in place": lambda block: block.norm1.weight.mul_(3),
-    "layer replaced": lambda block: setattr(block.attn, "qkv", make_block().attn.qkv),
-    "part replaced": lambda block: setattr(block, "mlp", make_block().mlp),
+    "layer replaced": lambda block: setattr(block.attn, "qkv", make_block(width=width_of(block)).attn.qkv),
+    "part replaced": lambda block: setattr(block, "mlp", make_block(width=width_of(block)).mlp),
     "eps": lambda block: (setattr(block.norm1, "eps", 0.5), setattr(block.norm2, "eps", 0.5)),
     "scale": lambda block: setattr(block.attn, "scale", 0.9),
     "heads": lambda block: setattr(block.attn, "num_heads", 2),
 }
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def width_of(block: Block) -> int:
+    return len(block.norm1.weight)
+
+
+@pytest.mark.parametrize(("width", "packed"), LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_is_kept_follows_changes(change, packed: bool) -> None:
-    block, prepared = make_block(packed=packed), Prepared()
-    assert run_all([block], make_tokens(), prepared)  # is kept by now
+def test_what_is_kept_follows_changes(change, width: int, packed: bool) -> None:
+    block, prepared = make_block(packed=packed, width=width), Prepared()
+    assert run_all([block], make_tokens(width=width), prepared)  # is kept by now
     change(block)
-    tokens = make_tokens()
+    tokens = make_tokens(width=width)
     kept, anew = copied(tokens), copied(tokens)
     assert run_all([block], kept, prepared)
     assert run_all([block], anew, Prepared())

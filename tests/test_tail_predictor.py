@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,15 +174,18 @@ class Counted(nn.Module):
 
 def test_serves_in_inference_and_steps_aside_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = _tail_predictor.native_kernel("tail_predictor")
-    assert real is not None
-    monkeypatch.setattr(_tail_predictor, "native_kernel", lambda _: lambda *args: calls.append(1) or real(*args))
+    real = _tail_predictor.native_kernel
+    monkeypatch.setattr(
+        _tail_predictor,
+        "native_kernel",
+        lambda name: lambda *args: (calls.append(name), real(name)(*args))[1],
+    )
     predictor, images = make_predictor(3, 32, torch.float32), torch.randn(2, 3, 40, 40)
 
     def served() -> bool:
         calls.clear()
         predictor(images)
-        return bool(calls)
+        return "predict_tails" in calls
 
     assert not served()  # gradients
     with torch.no_grad():
@@ -246,6 +250,78 @@ def test_a_model_chooses_as_with_pytorch_s_layers(dtype: torch.dtype) -> None:
     assert torch.equal(trace.extras["tail"][clear], wanted.extras["tail"][clear])
 
 
+@DTYPES
+@pytest.mark.parametrize("classes", [0, 10])
+def test_the_choice_is_that_of_the_scores(classes: int, dtype: torch.dtype) -> None:
+    predictor, images = make_predictor(3, 32, dtype, classes=classes), torch.randn(40, 3, 40, 40).to(dtype)
+    costs, seen = (0.25, 0.5, 1.0), set()
+    images[3, 0, 4, 4] = torch.nan
+    with torch.inference_mode():
+        for weight in (0.0, 0.7, -2.0, 1e9):
+            found = predictor.choose(images, costs, weight)
+            assert found is not None
+            scores, tails = found
+            assert torch.equal(scores.nan_to_num(), predictor(images).nan_to_num())
+            # by hand: numpy takes the first of equals, and the first where there is no number
+            value = scores.float().numpy() - np.float32(weight) * np.array(costs, dtype=np.float32)
+            best = value == value.max(axis=1, keepdims=True)
+            assert tails.tolist() == best.argmax(axis=1).tolist()
+            assert tails.dtype is torch.int32
+            seen |= set(tails.tolist())
+        assert len(seen) > 1
+        predictor.head.weight.zero_()
+        predictor.head.bias.zero_()
+        found = predictor.choose(images[:2], costs, 0.0)
+        assert found is not None
+        assert found[1].tolist() == [0, 0]  # equals go to the cheaper tail
+        assert predictor.choose(images[:0], costs, 0.0)[1].shape == (0,)
+        predictor.register_forward_hook(lambda *_: None)
+        assert predictor.choose(images, costs, 0.0) is None
+
+
+CHANGES = {
+    "weight in place": lambda predictor: predictor.features[3].weight.mul_(2),
+    "statistics in place": lambda predictor: predictor.features[1].running_mean.add_(1),
+    "statistics replaced": lambda predictor: setattr(
+        predictor.features[4], "running_var", predictor.features[4].running_var * 2
+    ),
+    "head": lambda predictor: setattr(predictor, "head", nn.Linear(96, 3)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_folded_follows_changes(change) -> None:
+    predictor, images = make_predictor(3, 32, torch.float32), torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        before = predictor(images)
+        change(predictor)
+        after = predictor(images)
+        assert not torch.allclose(before, after)
+        assert_as_in_float64(predictor, images)
+
+
+FOLDED_BAD = {
+    "channels": (lambda a: (a[0][:, :2], *a[1:]), "images must have 3 channels"),
+    "folded": (lambda a: (*a[:2], a[2][:-1], *a[3:]), r"folded must have shape \(\d+,\), got"),
+    "folded dtype": (lambda a: (*a[:2], a[2].half(), *a[3:]), "folded must be contiguous float32"),
+    "few numbers": (lambda a: (*a[:3], a[3][:3], *a[4:]), "shape must be .*, got 3 numbers"),
+    "a width": (lambda a: (*a[:3], [0, *a[3][1:]], *a[4:]), r"numbers in \[1, 65536\], got 0"),
+    "a large one": (lambda a: (*a[:3], [*a[3][:-1], 2**40], *a[4:]), r"numbers in \[0, 65536\], got 1099511627776"),
+    "costs": (lambda a: (*a[:4], [1.0], a[5]), "costs must be one a tail, got 1 for 3"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDED_BAD)
+def test_what_is_folded_must_fit(case: str) -> None:
+    spoil, message = FOLDED_BAD[case]
+    predictor, images = make_predictor(3, 16, torch.float32), torch.randn(1, 3, 16, 16)
+    with torch.inference_mode():
+        given = (images, 16, *predictor._folded(images), [0.0, 0.0, 0.0], 0.0)
+        native.predict_tails(*given)
+        with pytest.raises(RuntimeError, match=message):
+            native.predict_tails(*spoil(given))
+
+
 BAD = {
     "images": (lambda a: (a[0][0], *a[1:]), r"images must have shape \(B, C, H, W\), got \(3, 16, 16\)"),
     "dtype": (lambda a: (a[0].double(), *a[1:]), "images must be float32, bfloat16 or float16"),
@@ -254,7 +330,11 @@ BAD = {
     "layers": (lambda a: (*a[:2], a[2][:10], *a[3:]), "layers must be 5, 15, 25 ... tensors, got 10"),
     "weight": (
         lambda a: (*a[:2], [a[2][0][:, :1], *a[2][1:]], *a[3:]),
-        r"layers\[0\] must have shape \(16, 3, 3, 3\), got \(16, 1, 3, 3\)",
+        r"images must have 1 channels, got \(1, 3, 16, 16\)",
+    ),
+    "another weight": (
+        lambda a: (*a[:2], [*a[2][:5], a[2][5][:, :, :2], *a[2][6:]], *a[3:]),
+        r"layers\[5\] must have shape \(16, 1, 3, 3\), got \(16, 1, 2, 3\)",
     ),
     "norm": (
         lambda a: (*a[:2], [a[2][0], a[2][1][:5], *a[2][2:]], *a[3:]),

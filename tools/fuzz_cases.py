@@ -223,7 +223,9 @@ def case_longest_lived(draw: Draw) -> tuple[Any, Any]:
         most = draw.random.randint(1, max(most, 1))
         budgets.append(most if not draw.spoilt() else draw.random.choice((0, -1, length + 1, 2**62)))
     schedule = draw.tensor(width, width), 0.5, 0.3, 4, 12
-    lives, rows, ends = native.longest_lived(draw.tensor(batch, length, width), *schedule, budgets)
+    x = draw.tensor(batch, length, width)
+    lives, rows, ends = native.longest_lived(x, *schedule, budgets)
+    batch, length = x.shape[:2]  # it may have been spoilt, and still be one
     offsets = torch.arange(batch + 1, dtype=torch.int32) * length
 
     def expected() -> Any:  # from the lives there are: those of the reference may be in another order
@@ -249,7 +251,7 @@ def case_mean_patches(draw: Draw) -> tuple[Any, Any]:
     images = batch if not draw.spoilt() else draw.random.choice((-1, 0, batch + 1, 2**62))
 
     def expected() -> Tensor:
-        patches = x.float().reshape(batch, length, x.shape[1])[:, prefix:]
+        patches = x.float().reshape(images, -1 if x.numel() else length, x.shape[1])[:, prefix:]
         return (patches.sum(dim=1) / max(patches.shape[1], 1)).to(x.dtype)
 
     return native.mean_patches(x, images, prefix), expected

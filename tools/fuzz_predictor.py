@@ -33,7 +33,17 @@ def case_tail_predictor(draw: Draw) -> tuple[Any, Any]:
     classifier = (draw.tensor(classes, means), draw.tensor(classes)) if classes else ()
     if classifier and draw.spoilt():
         classifier = classifier[:1]
-    got = native.tail_predictor(images, size, layers, 1e-5, *head, *classifier)
+    if draw.random.random() < 0.5:
+        got = native.tail_predictor(images, size, layers, 1e-5, *head, *classifier)
+    else:
+        folded = native.fold_tail_predictor(layers, 1e-5, *head, *classifier)
+        numbers = [shape[0] for shape in shapes[::2]] + [channels, tails, classes]
+        if draw.spoilt():
+            numbers[draw.random.randrange(len(numbers))] = draw.random.choice((-1, 0, 7, 2**62))
+        costs = [draw.random.random() for _ in range(tails)] if tails else []
+        got, chosen = native.predict_tails(images, size, folded, numbers, costs, 0.5)
+        assert chosen.shape == (len(images) if costs else 0,)
+        assert bool(((chosen >= 0) & (chosen < max(tails, 1))).all())
 
     def expected() -> Tensor:
         x = F.interpolate(images.double(), (size, size), mode="bilinear", antialias=True, align_corners=False)

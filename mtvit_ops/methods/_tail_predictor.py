@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._register import Kernel, native_kernel, native_serves
+from .._register import native_kernel, native_serves
 from ..nn.linear import PackedLinear
 from ..nn.plain import is_plain, modules_are_watched
+from ..nn.prepared import Prepared
 
 
 class TailPredictor(nn.Module):
@@ -33,6 +34,7 @@ class TailPredictor(nn.Module):
     def __init__(self, in_chans: int, num_tails: int, image_size: int, width: int = 1, num_classes: int = 0) -> None:
         super().__init__()
         self.image_size = image_size
+        self._prepared = Prepared()
         first, *wider = (width * channels for channels in self.WIDTHS)
         layers: list[nn.Module] = [*_conv(in_chans, first, 3, 4, 1)]
         for before, after in zip([first, *wider], wider):
@@ -48,11 +50,43 @@ class TailPredictor(nn.Module):
             nn.init.zeros_(self.head_cls.bias)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, K)
-        native = None if self.training else _native_for(images)
-        given = None if native is None else self._native_arguments(images)
-        if native is not None and given is not None:
-            return native(images, self.image_size, *given)
-        return self.judge(self.look(images))[0]
+        found = self._predict_natively(images, (), 0.0)
+        return self.judge(self.look(images))[0] if found is None else found[0]
+
+    def choose(
+        self, images: Tensor, relative_costs: tuple[float, ...], cost_weight: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """Scores (B, K), and for each image the best tail of score minus weighted cost, (B,) int32, in one operator.
+
+        None: it cannot serve here, or somebody watches the predictor.
+        """
+        if type(self) is not TailPredictor or not is_plain(self):
+            return None
+        return self._predict_natively(images, relative_costs, cost_weight)
+
+    def _predict_natively(
+        self, images: Tensor, costs: tuple[float, ...], cost_weight: float
+    ) -> tuple[Tensor, Tensor] | None:
+        # in this order: the compiler need not look into the second
+        if self.training or not native_serves(images) or modules_are_watched():
+            return None
+        folded = self._prepared.arguments("predictor", (self,), images, lambda _, x: self._folded(x))
+        if folded is None:
+            return None
+        found: tuple[Tensor, Tensor] = native_kernel("predict_tails")(
+            images, self.image_size, *folded, costs, cost_weight
+        )
+        return found
+
+    def _folded(self, images: Tensor) -> tuple[Tensor, list[int]] | None:
+        """All that depends on no image, and its sizes; None as ``_native_arguments``."""
+        given = self._native_arguments(images)
+        if given is None:
+            return None
+        layers, _, head, *_, class_weight, _ = given
+        widths = [layer.shape[0] for layer in layers[::10]]  # of the first convolution and of each pair's last
+        classes = 0 if class_weight is None else class_weight.shape[0]
+        return native_kernel("fold_tail_predictor")(*given), [*widths, layers[0].shape[1], head.shape[0], classes]
 
     def judge(self, features: Tensor) -> tuple[Tensor, Tensor | None]:  # (B, P) -> (B, K), (B, num_classes)
         """Scores of the tails and logits of the classes; None without a classifier."""
@@ -135,8 +169,3 @@ def _has_geometry(conv: Any, kernel: int, stride: int, alone: bool) -> bool:
     groups = conv.in_channels if alone else 1
     square = (conv.kernel_size, conv.stride, conv.padding) == ((kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2)
     return square and conv.dilation == (1, 1) and conv.groups == groups and conv.padding_mode == "zeros"
-
-
-def _native_for(images: Tensor) -> Kernel | None:
-    """The native operator, where it may serve and nobody watches modules."""
-    return native_kernel("tail_predictor") if native_serves(images) and not modules_are_watched() else None

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice, check_count, check_real, check_sequence
-from .._register import native_serves
 from ..nn.method import Method
 from ..nn.patch_embed import Tail
 from ..nn.vision_transformer import VisionTransformer, ViTConfig
@@ -127,8 +125,12 @@ class MTViT(Method):
     def embed(self, model: VisionTransformer, images: Tensor) -> tuple[RaggedTokens, MTViTState]:
         config = self.config
         if config.force_tail is None:
-            logits = self.predictor(images)
-            tail = choose_tail(logits, self.relative_costs, config.cost_weight)
+            found = self.predictor.choose(images, self.relative_costs, float(config.cost_weight))
+            if found is None:
+                logits = self.predictor(images)
+                tail = choose_tail(logits, self.relative_costs, config.cost_weight)
+            else:
+                logits, tail = found
         else:
             logits = None
             tail = torch.full((len(images),), config.force_tail, dtype=torch.int32, device=images.device)
@@ -176,8 +178,6 @@ class MTViT(Method):
 
 def choose_tail(logits: Tensor, relative_costs: tuple[float, ...], cost_weight: float) -> Tensor:
     """The best of score minus weighted cost for each image, (B, K) to (B,) int32; equals go to the cheaper tail."""
-    if native_serves(logits):
-        return _choose_on_cpu(logits, relative_costs, cost_weight)
     # filled on the device: a copy from the host would wait for it
     costs = torch.cat([logits.new_full((1,), cost, dtype=torch.float32) for cost in relative_costs])
     # argmax takes the first of equals on no device by promise: the maximum of falling ranks does
@@ -185,14 +185,6 @@ def choose_tail(logits: Tensor, relative_costs: tuple[float, ...], cost_weight: 
     best = value == value.amax(dim=1, keepdim=True)
     ranks = torch.arange(logits.shape[1], 0, -1, device=logits.device)
     return (best * ranks).argmax(dim=1).to(torch.int32)
-
-
-def _choose_on_cpu(logits: Tensor, relative_costs: tuple[float, ...], cost_weight: float) -> Tensor:
-    """The same by NumPy: a dozen operators on a few numbers are a third of the time before the first block."""
-    costs = np.array(relative_costs, dtype=np.float32)
-    value = logits.float().numpy() - np.float32(cost_weight) * costs
-    best = value == value.max(axis=1, keepdims=True)
-    return torch.from_numpy(best.argmax(axis=1).astype(np.int32))
 
 
 def tail_geometry(img_size: int, grid: int) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .. import _extension
 
+_SIZES = ("eps", "num_heads", "scale", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
 
 class _Kept(NamedTuple):
     dtype: torch.dtype
@@ -84,11 +86,13 @@ def _watch(modules: Sequence[nn.Module], entries: Iterable[tuple[dict[str, Any],
         for module in whole.modules():
             state = vars(module)
             hooks += (module._forward_hooks, module._forward_pre_hooks)
-            for held in (module._modules, module._parameters):
+            for held in (module._modules, module._parameters, module._buffers):
                 watched += ((held, name, value) for name, value in held.items())
             watched.append((state, "forward", state.get("forward")))
             # of these, nobody reads what a module has none of
-            watched += ((state, name, state[name]) for name in ("eps", "num_heads", "scale") if name in state)
+            watched += ((state, name, state[name]) for name in _SIZES if name in state)
+            if module._buffers:  # a batch norm
+                watched.append((state, "training", module.training))
     weights = [value for _, _, value in watched if isinstance(value, Tensor)]
     weights.sort(key=lambda weight: weight.dim() < 2)  # vectors last: one look less at each
     return _Watched(

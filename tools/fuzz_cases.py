@@ -232,7 +232,7 @@ def case_longest_lived(draw: Draw) -> tuple[Any, Any]:
         scores = F.pad(lives, (1, 0)).reshape(-1)
         lists = [
             token_select.token_select(
-                scores, None, offsets, None, None, budget, None, 1, True, batch * budget, False, 0
+                *(scores, None, offsets, None, None, budget, None, 1, True, batch * budget, False, 0, length)
             )
             for budget in budgets
         ]

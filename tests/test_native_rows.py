@@ -24,6 +24,7 @@ FILES = (
     "test_native.py",
     "test_native_rows.py",
     "test_native_linear.py",
+    "test_native_models.py",
     "test_native_backward.py",
     "test_tail_predictor.py",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from .prepared import Prepared
 
 if TYPE_CHECKING:
     from .block import Block
-
-_VECTORS = (0, 1, 3, 5, 6, 7, 9, 11)  # of the twelve tensors of a block
 
 
 class _Given(NamedTuple):
@@ -106,55 +104,47 @@ def _operators() -> _Operators:
 
 def _all_arguments(blocks: Sequence[Block], x: Tensor) -> _Given | None:
     """Weights and sizes of blocks that are all of one kind."""
-    panels = _pack_together(blocks, x)
-    weights: list[Tensor] = []
-    kinds = set()
+    listed = _listed(blocks, x, pack=False)  # nothing is packed for an operator that cannot serve
+    if listed is None:
+        return None
+    panels = _pack_together(blocks, x, listed.weights)
+    if panels is None:
+        return _listed(blocks, x, pack=True)
+    vectors = [weight.detach().float() for weight in listed.weights if weight.dim() == 1]
+    return _Given([panels, torch.cat(vectors)], listed.sizes, blocks[0].mlp.fc1.out_features)
+
+
+def _listed(blocks: Sequence[Block], x: Tensor, pack: bool) -> _Given | None:
+    weights: list[Tensor | None] = []
+    sizes: tuple[Any, ...] | None = None
     for block in blocks:
-        given = _of_block(block, x)
-        if given is None:
+        if not block.is_whole():
             return None
-        weights += given.weights
-        kinds.add(given.sizes)
-    if len(kinds) != 1:
+        attention, feed_forward = attention_arguments(block, x, pack), feed_forward_arguments(block, x, pack)
+        if attention is None or feed_forward is None:
+            return None
+        (weight1, bias1, eps1, qkv, qkv_bias, *heads), proj = attention
+        weight2, bias2, eps2, *layers = feed_forward
+        if sizes not in (None, (eps1, *heads)) or eps1 != eps2:
+            return None
+        sizes = eps1, *heads
+        weights += (weight1, bias1, qkv, qkv_bias, *proj, weight2, bias2, *layers)
+    if sizes is None or any(weight is None for weight in weights):
         return None
-    sizes = (*kinds.pop(), x.dtype in panel_dtypes())
-    vectors = [weight for index, weight in enumerate(weights) if index % 12 in _VECTORS]
-    if panels is None or any(vector.dtype not in (x.dtype, torch.float32) for vector in vectors):
-        return _Given(weights, sizes, None)
-    hidden = weights[9].shape[0]  # of the bias of fc1
-    return _Given([panels, torch.cat([vector.detach().float() for vector in vectors])], sizes, hidden)
+    return _Given(cast("list[Tensor]", weights), (*sizes, x.dtype in panel_dtypes()), None)
 
 
-class _OfBlock(NamedTuple):
-    weights: list[Tensor]
-    sizes: tuple[float, int, float]  # eps, heads, scale
-
-
-def _of_block(block: Block, x: Tensor) -> _OfBlock | None:
-    if not block.is_whole():
-        return None
-    attention, feed_forward = attention_arguments(block, x), feed_forward_arguments(block, x)
-    if attention is None or feed_forward is None:
-        return None
-    (weight1, bias1, eps1, qkv, qkv_bias, heads, scale), proj = attention
-    weight2, bias2, eps2, *layers = feed_forward
-    weights = [weight1, bias1, qkv, qkv_bias, *proj, weight2, bias2, *layers]
-    if eps1 != eps2 or any(weight is None for weight in weights):
-        return None
-    return _OfBlock(weights, (eps1, heads, scale))
-
-
-def _pack_together(blocks: Sequence[Block], x: Tensor) -> Tensor | None:
+def _pack_together(blocks: Sequence[Block], x: Tensor, weights: list[Tensor]) -> Tensor | None:
     """The weights of all blocks in one piece of memory, which their layers read, too; None: they cannot be packed so.
 
     One tensor takes less time to hand over than 48, and can lie on large pages.
     """
-    if x.dtype not in panel_dtypes() or not all(block.is_whole() for block in blocks):
-        return None
     layers: list[Any] = []
     for block in blocks:
         layers += (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-    if not layers or not all(type(layer) is PackedLinear and layer.can_keep(x.dtype) for layer in layers):
+    if x.dtype not in panel_dtypes() or not all(type(layer) is PackedLinear and layer.can_keep() for layer in layers):
+        return None
+    if any(weight.dim() == 1 and weight.dtype not in (x.dtype, torch.float32) for weight in weights):
         return None
     columns, width, hidden = panel_columns(), x.shape[1], layers[2].out_features
     shapes = [(3 * width, width), (width, width), (hidden, width), (width, hidden)] * len(blocks)

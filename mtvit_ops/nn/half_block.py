@@ -69,26 +69,26 @@ def block_(block: Block, tokens: RaggedTokens, scores: int) -> Tensor | None:
 Arguments = tuple[Any, ...]
 
 
-def attention_arguments(block: Block, x: Tensor) -> tuple[Arguments, Arguments] | None:
-    """Those of the norm, the first layer and the heads, and those of the last layer."""
+def attention_arguments(block: Block, x: Tensor, pack: bool = True) -> tuple[Arguments, Arguments] | None:
+    """Those of the norm, the first layer and the heads, and those of the last layer; weights packed or as they are."""
     parts: dict[str, Any] = block._modules
     attn = parts["attn"]
     if not is_plain(attn):
         return None
     norm = affine(parts["norm1"])
-    qkv, proj = layer_weights(x, attn._modules["qkv"]), layer_weights(x, attn._modules["proj"])
+    qkv, proj = layer_weights(x, attn._modules["qkv"], pack), layer_weights(x, attn._modules["proj"], pack)
     if norm is None or qkv is None or proj is None:
         return None
     return (*norm, *qkv, attn.num_heads, attn.scale), proj
 
 
-def feed_forward_arguments(block: Block, x: Tensor) -> Arguments | None:
+def feed_forward_arguments(block: Block, x: Tensor, pack: bool = True) -> Arguments | None:
     parts: dict[str, Any] = block._modules
     mlp = parts["mlp"]
     if not is_plain(mlp):
         return None
     norm = affine(parts["norm2"])
-    fc1, fc2 = layer_weights(x, mlp._modules["fc1"]), layer_weights(x, mlp._modules["fc2"])
+    fc1, fc2 = layer_weights(x, mlp._modules["fc1"], pack), layer_weights(x, mlp._modules["fc2"], pack)
     if norm is None or fc1 is None or fc2 is None:
         return None
     return (*norm, *fc1, *fc2)
@@ -119,7 +119,7 @@ def _halves_for(x: Tensor) -> _Halves | None:
     return _native_halves(x.dtype in panel_dtypes())
 
 
-def layer_weights(x: Tensor, layer: Any) -> tuple[Tensor, Tensor | None] | None:
+def layer_weights(x: Tensor, layer: Any, pack: bool = True) -> tuple[Tensor, Tensor | None] | None:
     """Weight, packed where the layer packs it, and bias; None: the layer must run itself."""
     packs = type(layer) is PackedLinear
     if not ((packs or type(layer) is nn.Linear) and is_plain(layer)):
@@ -130,4 +130,4 @@ def layer_weights(x: Tensor, layer: Any) -> tuple[Tensor, Tensor | None] | None:
         return None
     if "bias" not in parameters:  # it is computed
         return None
-    return (layer.packed_weight(weight) if packs else weight), parameters["bias"]
+    return (layer.packed_weight(weight) if packs and pack else weight), parameters["bias"]

@@ -123,13 +123,12 @@ class PackedLinear(nn.Module):
         """``weight``, which is the layer's, as the kernel wants it."""
         if weight.is_inference():  # has no version to tell whether it changed
             return weight
-        self._packed = packed_anew(self._packed, weight)
-        return self._packed[1]
+        self._packed = kept = packed_anew(self._packed, weight)
+        return kept[1]
 
-    def can_keep(self, dtype: torch.dtype) -> bool:
-        """Whether ``keep`` may be given a packed weight of this dtype."""
-        weight = self._parameters.get("weight")
-        return type(weight) is nn.Parameter and weight.is_cpu and weight.dtype is dtype and not weight.is_inference()
+    def can_keep(self) -> bool:
+        """Whether ``keep`` may be given a packed weight: an inference tensor has no version to tell of a change."""
+        return not self.weight.is_inference()
 
     def keep(self, packed: Tensor | None) -> None:
         """Use this as the weight as it is now, packed; None: let go of what was packed."""

@@ -359,6 +359,19 @@ def test_weights_packed_together(dtype: torch.dtype) -> None:
     assert_equal("x after a change", changed.x, expected.x)
 
 
+@pytest.mark.parametrize("change", ["hook", "eps", "bias"])
+def test_nothing_is_packed_for_a_run_that_cannot_be(change: str) -> None:
+    blocks, tokens = [make_block(packed=True, width=64) for _ in range(2)], make_tokens(width=64)
+    if change == "hook":
+        blocks[1].norm2.register_forward_hook(lambda *_: None)
+    elif change == "eps":
+        blocks[1].norm2.eps = 0.1
+    else:
+        blocks[1].mlp.fc2.bias = None
+    assert not run_all(blocks, tokens, Prepared())
+    assert all(layer._packed is None for block in blocks for layer in (block.attn.qkv, block.mlp.fc2))
+
+
 def test_a_norm_of_another_precision_is_handed_over_as_it_is() -> None:
     block, tokens = make_block(torch.bfloat16, True, 64), make_tokens("half", torch.bfloat16, 64)
     if torch.bfloat16 not in panel_dtypes():

@@ -207,7 +207,7 @@ def test_cuda_says_what_it_lacks(
 ) -> None:
     built_with = SimpleNamespace(build_info=lambda: {"cuda": built})
     monkeypatch.setattr(_extension, "_load", lambda: error)
-    monkeypatch.setattr(_extension.importlib, "import_module", lambda name: built_with)
+    monkeypatch.setattr(_extension, "build_module", lambda: built_with)
     monkeypatch.setattr(torch.version, "cuda", version)
     found = _extension.cuda_error()
     assert found is None if said is None else said in found

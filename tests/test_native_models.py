@@ -65,6 +65,13 @@ def test_classify(case: str, packed: bool, dtype: torch.dtype) -> None:
     finally:
         torch.set_num_threads(before)
     assert_equal("logits", again, got)
+    if num_rows > 0:  # one row for all
+        one = x[:1].expand(4, width)
+        assert_equal(
+            "logits",
+            native.classify(one, None, scale, shift, EPS, given, bias)[3:],
+            native.classify(x[:1], None, scale, shift, EPS, given, bias),
+        )
     without = native.classify(x, cu, scale, shift, EPS, given, None)
     assert_equal(
         "logits without a bias", without, native.classify(x, cu, scale, shift, EPS, given, torch.zeros_like(bias))

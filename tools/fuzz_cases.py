@@ -165,8 +165,7 @@ def case_ragged_patch_embed(draw: Draw) -> tuple[Any, Any]:
     args = (images, tails, prefix, weights, biases, tables, strides, paddings)
     panels = draw_panels(draw)
     given = [pack_patches(draw, weight) if panels else weight for weight in weights]
-    told = None if not bool(tails.any()) else tails  # none: the first for all
-    got = native.ragged_patch_embed(images, told, prefix, given, *args[4:], panels)
+    got = native.ragged_patch_embed(*args[:3], given, *args[4:], panels)
     return got, lambda: ragged_patch_embed.ragged_patch_embed(*args)
 
 

@@ -58,7 +58,7 @@ PanelLayer::PanelLayer(const Tensor& weight, const Tensor* bias) : k(weight.size
   if (bias != nullptr) this->bias = Vector("bias", *bias);
 }
 
-Stream::Stream(const Tensor& given, const std::optional<Tensor>& listed)
+Stream::Stream(const Tensor& given, const std::optional<Tensor>& listed, bool written)
     : dtype(check_dtype("x", given)),
       x(mutable_data<char>(given)),
       num_rows(given.size(0)),
@@ -66,7 +66,7 @@ Stream::Stream(const Tensor& given, const std::optional<Tensor>& listed)
       stride(given.stride(0)),
       tokens(num_rows) {
   MTVIT_CHECK(width <= 1 || given.stride(1) == 1, "x must be contiguous in its last dimension");
-  MTVIT_CHECK(num_rows <= 1 || stride >= width, "rows of x must not overlap");
+  MTVIT_CHECK(!written || num_rows <= 1 || stride >= width, "rows of x must not overlap");
   if (!listed) return;
   list = int32_vector("rows", *listed);
   tokens = list.size(0);

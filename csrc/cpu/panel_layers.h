@@ -56,7 +56,8 @@ struct Stream {
   const int32_t* rows = nullptr;
   Tensor list;  // whose memory `rows` is
 
-  Stream(const Tensor& x, const std::optional<Tensor>& rows);
+  // `written`: rows that overlap are refused.
+  Stream(const Tensor& x, const std::optional<Tensor>& rows, bool written = true);
   int64_t bytes(int64_t columns) const { return tokens * columns * static_cast<int64_t>(element_size(dtype)); }
 };
 

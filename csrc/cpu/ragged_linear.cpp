@@ -125,7 +125,7 @@ Tensor classify(const Tensor& given, std::optional<Tensor> cu_seqlens, const Ten
   const Tensor x = dense_rows(given);
   check_layer_norm(x, norm_weight, norm_bias);
   check_panels(x.size(1), x, weight, bias);
-  Stream stream(x, std::nullopt);
+  Stream stream(x, std::nullopt, false);
   if (cu_seqlens) {
     stream.list = cu_seqlens_vector("cu_seqlens", *cu_seqlens);
     stream.tokens = stream.list.size(0) - 1;

@@ -109,7 +109,7 @@ Tail tail_of(size_t index, const Tensor& images, const Tensor& prefix, const Ten
   return t;
 }
 
-std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, std::optional<Tensor> tails, const Tensor& prefix,
+std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, const Tensor& tails, const Tensor& prefix,
                                               const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                               const std::vector<Tensor>& tables, const std::vector<int64_t>& strides,
                                               const std::vector<int64_t>& paddings, bool panels) {
@@ -119,17 +119,13 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, std::optiona
   const Dtype dtype = check_dtype("images", images);
   MTVIT_CHECK(same_dtype(prefix, images), "prefix must have images' dtype");
   const size_t num_tails = weights.size();
+  const Tensor chosen = int32_vector("tails", tails);
+  const auto* tail = data<int32_t>(chosen);
   MTVIT_CHECK(num_tails > 0 && biases.size() == num_tails && tables.size() == num_tails &&
                   strides.size() == num_tails && paddings.size() == num_tails,
               "weights, biases, pos_embeds, strides and paddings must be equally many, and at least one");
   const int64_t batch = images.size(0), dim = prefix.size(1), num_prefix = prefix.size(0);
-  Tensor chosen;
-  const int32_t* tail = nullptr;  // the first for all
-  if (tails) {
-    chosen = int32_vector("tails", *tails);
-    MTVIT_CHECK(chosen.size(0) == batch, "tails must have shape (", batch, ",), got ", shape_of(*tails));
-    tail = data<int32_t>(chosen);
-  }
+  MTVIT_CHECK(chosen.size(0) == batch, "tails must have shape (", batch, ",), got ", shape_of(tails));
   std::vector<Tail> geometry;
   int64_t longest = 0;
   for (size_t k = 0; k < num_tails; ++k) {
@@ -145,7 +141,7 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, std::optiona
   cu[0] = 0;
   std::vector<std::vector<int64_t>> images_of(num_tails);
   for (int64_t b = 0; b < batch; ++b) {
-    const int32_t k = tail ? tail[b] : 0;
+    const int32_t k = tail[b];
     MTVIT_CHECK_VALUE(k >= 0 && k < static_cast<int64_t>(num_tails), "tails must be in [0, ", num_tails, "), got ", k,
                       " for image ", b);
     images_of[static_cast<size_t>(k)].push_back(b);
@@ -209,7 +205,7 @@ std::tuple<Tensor, Tensor> ragged_patch_embed(const Tensor& images, std::optiona
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mtvit_ops_cpp, m) {
   m.def(
-      "ragged_patch_embed(Tensor images, Tensor? tails, Tensor prefix, Tensor[] weights, Tensor[] biases, "
+      "ragged_patch_embed(Tensor images, Tensor tails, Tensor prefix, Tensor[] weights, Tensor[] biases, "
       "Tensor[] pos_embeds, SymInt[] strides, SymInt[] paddings, bool panels=False) -> (Tensor x, Tensor cu_seqlens)");
 }
 

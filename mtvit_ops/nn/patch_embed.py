@@ -44,6 +44,7 @@ class NativeEmbedding:
 
     def __init__(self) -> None:
         self._prepared = Prepared()
+        self._firsts: Tensor | None = None  # the first tail for all images, made once a batch size
 
     def __call__(
         self,
@@ -77,6 +78,10 @@ class NativeEmbedding:
         given = self._prepared.arguments((len(modules), keep), modules, images, make, entries)
         if given is None:
             return None
+        if chosen is None:
+            chosen = self._firsts
+        if chosen is None or len(chosen) != len(images):
+            chosen = self._firsts = torch.zeros(len(images), dtype=torch.int32, device=images.device)
         result: tuple[Tensor, Tensor] = native_kernel("ragged_patch_embed")(images, chosen, *given)
         return result
 

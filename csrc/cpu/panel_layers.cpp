@@ -1,6 +1,8 @@
 // Layer norms and linear layers of panel_layers.h. The work is a list of (block of rows, panel of the weight); each
-// thread takes a run of it and writes what nobody else writes. Sums do not depend on the blocks, so that results depend
-// on no thread count.
+// thread takes a run of it and writes what nobody else writes. Where there are rows enough, a run is whole blocks: a
+// thread then finds in its own caches what it wrote in the layer before, and normalises each row once. With fewer rows
+// the way of all weights to all threads would cost more. Sums do not depend on the blocks, so that results depend on no
+// thread count.
 #include "panel_layers.h"
 
 #include <algorithm>
@@ -9,6 +11,7 @@ namespace mtvit_ops {
 namespace {
 
 constexpr int64_t kWorthThreads = 1 << 19;  // multiplications, some 20 microseconds: fewer wake no other thread
+constexpr int64_t kOwnRows = 24;            // from so many on a thread keeps to rows of its own: see below
 constexpr int64_t kTokensAWeight = 8;       // that are multiplied while the weights for one come from memory
 
 int64_t num_panels(int64_t n) {
@@ -99,7 +102,10 @@ void run_linear(const LinearTask& t, int64_t tokens) {
   const Kernels& native = kernels();
   // the left factor of a block stays in the L2 cache: 256 KiB, but enough rows to pay for a panel's way there
   const int64_t fitting = std::clamp<int64_t>(65536 / std::max<int64_t>(t.k, 1), 4 * kMaxRows, kLinearRows);
-  const int64_t blocks = (tokens + fitting - 1) / fitting, most = (tokens + blocks - 1) / blocks;
+  int64_t blocks = (tokens + fitting - 1) / fitting;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (tokens >= threads * kOwnRows) blocks = round_up(blocks, threads);
+  const int64_t most = (tokens + blocks - 1) / blocks;
   const bool copies = t.norm_weight != nullptr || t.dtype != Dtype::f32;
   const int64_t unit = most * native.panel_columns * std::max<int64_t>(t.k, 1);
   const int64_t work = std::max(tokens, kTokensAWeight) * t.n * t.k;

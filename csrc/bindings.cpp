@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
@@ -66,9 +68,28 @@ std::vector<std::vector<int64_t>> pack_greedy(const Lengths& lengths, int64_t bu
   return bins;
 }
 
+// Brings a list's objects to the caches, or what their first words point to.
+void fetch(const py::list& list, bool pointees) {
+  for (py::ssize_t i = 0; i < PyList_Size(list.ptr()); ++i) {
+    PyObject* object = PyList_GetItem(list.ptr(), i);
+    if (!pointees) {
+      __builtin_prefetch(object);
+      continue;
+    }
+    std::array<uintptr_t, 4> words{};  // behind reference count and type
+    const auto size =
+        std::min<size_t>(sizeof(words), static_cast<size_t>(Py_TYPE(object)->tp_basicsize) - sizeof(PyObject));
+    std::memcpy(words.data(), reinterpret_cast<const char*>(object) + sizeof(PyObject), size);
+    for (const uintptr_t word : words) {
+      __builtin_prefetch(reinterpret_cast<const void*>(word));  // no pointer: nothing happens
+      __builtin_prefetch(reinterpret_cast<const void*>(word + 64));
+    }
+  }
+}
+
 // Of nn/prepared.py: whether dicts still hold what they held (None: or have no such name), the hooks are empty, and
-// weights lie where they lay (the first ones: those with an address) and have the version they had. Lists of references and no struct of them, so that Python's
-// garbage collector sees what is held.
+// weights lie where they lay (the first ones: those with an address) and have the version they had. Lists of references
+// and no struct of them, so that Python's garbage collector sees what is held.
 bool unchanged(const py::list& dicts, const py::list& names, const py::list& values, const py::list& hooks,
                const py::list& weights, const py::list& addresses, const py::list& versions) {
   const auto at = [](const py::list& list, py::ssize_t i) { return PyList_GetItem(list.ptr(), i); };  // borrowed
@@ -76,6 +97,12 @@ bool unchanged(const py::list& dicts, const py::list& names, const py::list& val
     if (object == nullptr) throw py::error_already_set();
     return object;
   };
+  // all this is far away, each thing behind another: first what the lists name, then what that points to
+  fetch(dicts, false);
+  fetch(hooks, false);
+  fetch(weights, false);
+  fetch(dicts, true);
+  fetch(weights, true);
   for (py::ssize_t i = 0; i < PyList_Size(dicts.ptr()); ++i) {
     PyObject* held = PyDict_GetItemWithError(at(dicts, i), checked(at(names, i)));
     if (held == nullptr && PyErr_Occurred()) throw py::error_already_set();

@@ -123,11 +123,16 @@ def test_mean_patches(images: int, length: int, prefix: int, width: int, dtype: 
 
 @pytest.mark.parametrize(
     ("images", "prefix", "message"),
-    [(5, 1, "as many rows for each of 5 images"), (-1, 1, "of -1 images"), (0, 1, "of 0 images"), (2, 7, r"\[0, 6\]")],
+    [(5, 1, "as many rows, and at least one, for each of 5"), (-1, 1, "of -1"), (0, 1, "of 0"), (2, 7, r"\[0, 6\]")],
 )
 def test_mean_patches_refuses(images: int, prefix: int, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         native.mean_patches(torch.randn(12, 8), images, prefix)
+
+
+def test_mean_patches_of_images_that_are_not_there() -> None:
+    with pytest.raises(RuntimeError, match="at least one, for each of 4611686018427387904 images"):
+        native.mean_patches(torch.randn(0, 0), 2**62, 0)
 
 
 # --- lives and the lists of all stages --------------------------------------------------------------------------------

@@ -244,7 +244,7 @@ def case_longest_lived(draw: Draw) -> tuple[Any, Any]:
 
 
 def case_mean_patches(draw: Draw) -> tuple[Any, Any]:
-    batch, length = draw.size(4), draw.size(40)
+    batch, length = draw.size(4), 1 + draw.size(40)
     prefix = min(draw.size(2), length)
     x = draw.tensor(batch * length, draw.size(70))
     images = batch if not draw.spoilt() else draw.random.choice((-1, 0, batch + 1, 2**62))

@@ -1,7 +1,7 @@
 // The mean of each image's patches on the CPU: pool_tokens of methods/_pooling.py in one call.
 //   x (B * N, D), N tokens an image, the first num_prefix_tokens of them no patches; returns (B, D), 0 without patches
-// Summed in float32, row by row, and rounded once. B, N or D may be 0. Images are independent: threads write disjoint
-// rows.
+// Summed in float32, row by row, and rounded once. B or D may be 0, N not. Images are independent: threads write
+// disjoint rows.
 #include <algorithm>
 #include <vector>
 
@@ -26,8 +26,9 @@ Tensor mean_patches(const Tensor& tokens, int64_t batch, int64_t num_prefix_toke
   const Dtype dtype = check_dtype("x", tokens);
   const Tensor x = as_contiguous(tokens);
   const int64_t num_rows = x.size(0), d = x.size(1);
-  MTVIT_CHECK(batch >= 0 && (batch == 0 ? num_rows == 0 : num_rows % batch == 0),
-              "x must have as many rows for each of ", batch, " images, got ", shape_of(tokens));
+  const bool fits = batch == 0 ? num_rows == 0 : batch > 0 && num_rows > 0 && num_rows % batch == 0;
+  MTVIT_CHECK(fits, "x must have as many rows, and at least one, for each of ", batch, " images, got ",
+              shape_of(tokens));
   const int64_t length = batch > 0 ? num_rows / batch : 0;
   MTVIT_CHECK(num_prefix_tokens >= 0 && (batch == 0 || num_prefix_tokens <= length),
               "num_prefix_tokens must be in [0, ", length, "], got ", num_prefix_tokens);

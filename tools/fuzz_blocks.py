@@ -110,6 +110,11 @@ def in_place(operator: Any, x: Tensor, *args: Any) -> Any:
         raise
 
 
+def rounded(draw: Draw, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores are as far off as the queries and keys that they come from."""
+    return x, scores.to(draw.dtype)
+
+
 def attended(s: Stream, x: Tensor, norm: Norm, qkv: Layer, proj: Layer, scores: int) -> tuple[Tensor, Tensor]:
     """What the attention half means."""
     h = gather_layer_norm(x, s.rows, *norm, EPS)[0]
@@ -146,7 +151,7 @@ def case_attention_half(draw: Draw) -> tuple[Any, Any]:
     before = dense(s.x)
     first = s.rows, s.cu_seqlens, s.longest, *norm, EPS, *qkv[:2], s.heads, SCALE, scores, *proj[:2]
     received = in_place(native.attention_half_, s.x, *first, panels)
-    return (s.x, received), lambda: attended(s, before, norm, qkv, proj, scores)
+    return rounded(draw, s.x, received), lambda: rounded(draw, *attended(s, before, norm, qkv, proj, scores))
 
 
 class Parts(NamedTuple):
@@ -182,7 +187,7 @@ def case_block(draw: Draw) -> tuple[Any, Any]:
     before = dense(s.x)
     first = s.rows, s.cu_seqlens, s.longest, *parts.norm1, EPS, *parts.qkv[:2], s.heads, SCALE, scores, *parts.proj[:2]
     received = in_place(native.block_, s.x, *first, *parts.norm2, EPS, *parts.fc1[:2], *parts.fc2[:2], panels)
-    return (s.x, received), lambda: block_of(s, before, parts, scores)
+    return rounded(draw, s.x, received), lambda: rounded(draw, *block_of(s, before, parts, scores))
 
 
 class Run(NamedTuple):
@@ -255,10 +260,9 @@ def case_scored_blocks(draw: Draw) -> tuple[Any, Any]:
             x, received = block_of(s, x, parts, int(weight >= 0))
             if weight >= 0:
                 scores = native.evolve_scores(received, scores, s.rows, weight)
-        return x, scores.to(draw.dtype)
+        return rounded(draw, x, scores)
 
-    # the scores are as far off as the stream that they come from
-    return (s.x, evolved.to(draw.dtype)), expected
+    return rounded(draw, s.x, evolved), expected
 
 
 def case_halting_blocks(draw: Draw) -> tuple[Any, Any]:

@@ -126,7 +126,10 @@ class VisionTransformer(nn.Module):
         self.check_images(images)
         recorder = TraceRecorder() if return_trace else None
         offsets, tokens, state = self._encode(images, recorder)
-        logits = self._classify_tokens(tokens.x, offsets) if self.method.reads_class_tokens else None
+        # whoever has put another readout or classifier here wants it called
+        own = "readout" in vars(self.method) or "classify" in vars(self)
+        fused = self.method.reads_class_tokens and not own and type(self).classify is VisionTransformer.classify
+        logits = self._classify_tokens(tokens.x, offsets) if fused else None
         if logits is None:
             logits = self.classify(self.method.readout(_first_rows(offsets), tokens, state).to(images.dtype))
         if recorder is None:

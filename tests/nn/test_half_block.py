@@ -139,6 +139,18 @@ def test_a_model_in_place_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal("logits", logits, by_halves)
 
 
+@pytest.mark.parametrize("part", ["readout", "classify"])
+def test_another_readout_or_classifier_is_called(part: str) -> None:
+    model = mtvit_ops.create_model("vit_tiny_patch16_224", img_size=64, depth=1).eval()
+    images = torch.randn(2, 3, 64, 64)
+    before = model(images)
+    holder = model.method if part == "readout" else model
+    real = getattr(holder, part)
+    setattr(holder, part, lambda *args: 2 * real(*args) if part == "classify" else real(*args).flip(0))
+    expected = 2 * before if part == "classify" else before.flip(0)
+    torch.testing.assert_close(model(images), expected)
+
+
 def test_a_subclass_with_points_of_its_own_is_asked_at_each_block() -> None:
     class Counting(AViT):
         def after_block(self, index, tokens, state):

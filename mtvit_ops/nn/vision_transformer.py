@@ -125,16 +125,24 @@ class VisionTransformer(nn.Module):
         """
         self.check_images(images)
         recorder = TraceRecorder() if return_trace else None
-        offsets, tokens, state = self._encode(images, recorder)
-        # whoever has put another readout or classifier here wants it called
-        own = "readout" in vars(self.method) or "classify" in vars(self)
-        fused = self.method.reads_class_tokens and not own and type(self).classify is VisionTransformer.classify
-        logits = self._classify_tokens(tokens.x, offsets) if fused else None
+        if self._is_its_own():
+            offsets, tokens, state = self._encode(images, recorder)
+            logits = self._classify_tokens(tokens.x, offsets) if self.method.reads_class_tokens else None
+            if logits is not None and recorder is None:
+                return logits
+            first_rows = _first_rows(offsets)
+        else:
+            first_rows, tokens, state = self.encode(images, recorder)
+            logits = None
         if logits is None:
-            logits = self.classify(self.method.readout(_first_rows(offsets), tokens, state).to(images.dtype))
-        if recorder is None:
-            return logits
-        return logits, recorder.trace(_first_rows(offsets), self.method)
+            logits = self.classify(self.method.readout(first_rows, tokens, state).to(images.dtype))
+        return logits if recorder is None else (logits, recorder.trace(first_rows, self.method))
+
+    def _is_its_own(self) -> bool:
+        """Nobody has put another encoder, readout or classifier here, and wants it called."""
+        kind, state = type(self), vars(self)
+        same = kind.encode is VisionTransformer.encode and kind.classify is VisionTransformer.classify
+        return same and not ("encode" in state or "classify" in state or "readout" in vars(self.method))
 
     def encode(self, images: Tensor, recorder: TraceRecorder | None = None) -> tuple[Tensor, RaggedTokens, Any]:
         """Embedding and all blocks, as the method has it.

@@ -151,6 +151,15 @@ def test_another_readout_or_classifier_is_called(part: str) -> None:
     torch.testing.assert_close(model(images), expected)
 
 
+def test_another_encoder_is_called() -> None:
+    model = mtvit_ops.create_model("vit_tiny_patch16_224", img_size=64, depth=1).eval()
+    images, asked = torch.randn(2, 3, 64, 64), []
+    before, real = model(images), model.encode
+    model.encode = lambda *args: (asked.append(1), real(*args))[1]
+    torch.testing.assert_close(model(images), before)
+    assert asked == [1]
+
+
 def test_a_subclass_with_points_of_its_own_is_asked_at_each_block() -> None:
     class Counting(AViT):
         def after_block(self, index, tokens, state):
